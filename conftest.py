@@ -1,0 +1,38 @@
+"""Settings of every test and doctest; they must stand before jax is imported."""
+
+import os
+import pathlib
+
+_CACHE = pathlib.Path(__file__).parent / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+_FLAG = "--xla_force_host_platform_device_count=8"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+# Workers and subprocesses share what one of them has compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Plots are files here; no test needs a window.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace):
+    """Gives every doctest the names that readers type first."""
+    import jax
+    import jax.numpy as jnp
+
+    doctest_namespace.update(jax=jax, jnp=jnp)
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside one test; users run float32, so never for the whole run."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
