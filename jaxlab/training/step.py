@@ -161,13 +161,17 @@ def with_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraAr
       >>> isinstance(tx, optax.GradientTransformationExtraArgs)
       True
     """
-    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
-        parameters = inspect.signature(optimizer.update).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return optax.GradientTransformationExtraArgs(
-                optimizer.init, optimizer.update
-            )
-    return optax.with_extra_args_support(optimizer)
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    # optax.contrib.sam says that it takes extra arguments and names all it takes.
+    named = {p.name for p in parameters} - {"updates", "state", "params"}
+
+    def update(updates, state, params=None, **extra):
+        extra = {name: value for name, value in extra.items() if name in named}
+        return optimizer.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 @jax.tree_util.register_dataclass
