@@ -1,0 +1,79 @@
+# Two commands are all that a fresh machine with Python and make needs:
+#   make demo    sets everything up in .venv and runs the main job
+#   make test    sets everything up in .venv and runs the whole test suite
+# Every target makes the environment it needs; nothing outside .venv is touched.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+COV := --cov=jaxlab
+
+# Stamps say which extras the environment holds, for this pyproject and these pins.
+SETUP := $(VENV)/.stamp-setup
+DOCS := $(VENV)/.stamp-docs
+
+.PHONY: setup demo test test-typed test-untyped soak lint wheel bench notebooks docs clean
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (about 1.3 GB; one to four minutes) ..."
+	$(INSTALL) --editable ".[all,test]"
+	touch $@
+
+$(DOCS): $(SETUP)
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/python -m benchmarks demo
+
+test: test-typed test-untyped
+
+# Annotations are checked in the first call. In the second they are not, so that
+# wrong input reaches the messages of our own.
+test-typed: $(SETUP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not untyped and not soak" \
+	  --jaxtyping-packages=jaxlab,beartype.beartype $(COV) --cov-report=
+
+test-untyped: $(SETUP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "untyped and not soak" \
+	  tests $(COV) --cov-append --cov-report=term:skip-covered
+
+soak: $(SETUP)
+	$(BIN)/python -m pytest -q -m soak tests
+
+lint: $(SETUP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+# The wheel alone, in an empty environment: floors 0 and 1 need neither flax nor tests.
+wheel: $(SETUP)
+	rm -rf out/wheel && mkdir -p out/wheel
+	$(PIP) wheel --quiet --no-deps --wheel-dir out/wheel .
+	$(PYTHON) -m venv out/wheel/venv
+	out/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints.txt out/wheel/*.whl
+	cd out/wheel && venv/bin/python -W error ../../tests/wheel_check.py
+
+bench: $(SETUP)
+	$(BIN)/python -m benchmarks speed monarch --preset full
+	$(BIN)/python -m benchmarks speed fit_loop --preset full
+	$(BIN)/python -m benchmarks claim monarch --preset full
+	$(BIN)/python -m benchmarks report
+
+notebooks: $(SETUP)
+	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/jupytext --execute notebooks/*.ipynb
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+clean:
+	rm -rf $(VENV) out .cache .pytest_cache .ruff_cache .coverage docs/_build
