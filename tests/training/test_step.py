@@ -29,7 +29,7 @@ def _problem(rows=12, weighted=False):
     return Objective(plain(_apply), Categorical()), params, (x, y, *weights)
 
 
-def _close(one, two, atol=1e-6):
+def _assert_close(one, two, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), one, two)
 
 
@@ -47,9 +47,9 @@ def test_is_the_step_written_by_hand():
         loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        _close(state.params, params)
-        _close(metrics["loss"], loss)
-        _close(metrics["grad_norm"], optax.tree.norm(grads))
+        _assert_close(state.params, params)
+        _assert_close(metrics["loss"], loss)
+        _assert_close(metrics["grad_norm"], optax.tree.norm(grads))
         assert int(state.step) == count
     assert step._cache_size() == 1
 
@@ -103,11 +103,11 @@ def test_extra_arguments_speak_of_the_whole_batch(
     (loss, _), grads = objective.value_and_grad(params, (), batch)
     along = objective.ggn_product(params, (), batch, grads)
     for name in ("value", "value_fn", "obj_fn"):
-        _close(seen[name], loss)
+        _assert_close(seen[name], loss)
     for name in ("grad", "grad_fn", "updates"):
-        _close(seen[name], grads)
-    _close(seen["fisher_vp"], along)
-    _close(seen["quadratic_form"], optax.tree.vdot(grads, along))
+        _assert_close(seen[name], grads)
+    _assert_close(seen["fisher_vp"], along)
+    _assert_close(seen["quadratic_form"], optax.tree.vdot(grads, along))
     assert spy.same_leaves, "a link cannot tell that its gradient is the step's own"
 
 
@@ -208,7 +208,7 @@ def test_loss_scale_changes_nothing_where_nothing_overflows(scale):
     for _ in range(3):
         plain_state, _ = plain_step(plain_state, batch)
         scaled_state, metrics = scaled_step(scaled_state, batch)
-    _close(plain_state.params, scaled_state.params)
+    _assert_close(plain_state.params, scaled_state.params)
     if scale == "dynamic":
         assert metrics["skipped"] == 0
         assert metrics["loss_scale"] == 1024
@@ -238,8 +238,8 @@ def test_dynamic_scale_skips_a_bad_step_halves_and_recovers():
     skipped, metrics = step(state, bad)
     assert metrics["skipped"] == 1
     assert float(skipped.loss_scale.scale) == 4
-    _close(skipped.params, state.params)
-    _close(skipped.opt_state, state.opt_state)
+    _assert_close(skipped.params, state.params)
+    _assert_close(skipped.opt_state, state.opt_state)
     assert int(skipped.step) == 1
     after, metrics = step(skipped, good)
     assert metrics["skipped"] == 0
@@ -271,7 +271,7 @@ def test_eight_devices_equal_one(accumulate):
     for _ in range(3):
         state, _ = step(state, batch)
         there, _ = step(there, spread)
-    _close(state.params, there.params)
+    _assert_close(state.params, there.params)
 
 
 def test_numpy_batches_and_params():
@@ -283,4 +283,4 @@ def test_numpy_batches_and_params():
     two, _ = step(
         create_state(jax.random.key(0), as_numpy(params), tx), as_numpy(batch)
     )
-    _close(one.params, two.params)
+    _assert_close(one.params, two.params)
