@@ -68,8 +68,8 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks report
 
 notebooks: $(SETUP)
-	$(BIN)/jupytext --sync notebooks/*.py
-	$(BIN)/jupytext --execute notebooks/*.ipynb
+	$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 notebooks/*.py
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 docs: $(DOCS)
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

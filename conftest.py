@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-_CACHE = pathlib.Path(__file__).parent / ".cache" / "jax"
+_CACHE = pathlib.Path(__file__).parent / ".cache"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -11,9 +11,11 @@ _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 # Workers and subprocesses share what one of them has compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Data sets are prepared once for all tests, away from the user's own.
+os.environ.setdefault("JAXLAB_DATA_DIR", str(_CACHE / "data"))
 # Plots are files here; no test needs a window.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
