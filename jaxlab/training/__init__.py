@@ -8,15 +8,27 @@ except ImportError as error:
     ) from error
 
 from jaxlab.training.adapters import NnxParts, from_nnx
+from jaxlab.training.checkpoint import Checkpoints, Restored
+from jaxlab.training.feed import epoch_order
+from jaxlab.training.fit import EpochInfo, FitResult, fit
+from jaxlab.training.metrics import accuracy, evaluate
 from jaxlab.training.state import LossScale, Optimizer, TrainState, create_state
 from jaxlab.training.step import make_train_step, with_extra_args
 
 __all__ = [
+    "Checkpoints",
+    "EpochInfo",
+    "FitResult",
     "LossScale",
     "NnxParts",
     "Optimizer",
+    "Restored",
     "TrainState",
+    "accuracy",
     "create_state",
+    "epoch_order",
+    "evaluate",
+    "fit",
     "from_nnx",
     "make_train_step",
     "with_extra_args",

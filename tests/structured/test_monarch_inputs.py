@@ -177,10 +177,11 @@ def test_projections_of_any_shape(blocks, slices, fraction, seed):
                 monarch_project_error(a, **sizes),
             )
         )(matrix)
+    nearest, error = np.asarray(nearest), float(error)
     np.testing.assert_allclose(
         ((matrix - nearest) ** 2).sum(), error, rtol=1e-12, atol=1e-12
     )
     # Pythagoras: what is left stands at a right angle to the projection.
     np.testing.assert_allclose((nearest**2).sum() + error, (matrix**2).sum())
-    parts = np.asarray(nearest).reshape(s, l, k, p).transpose(2, 1, 0, 3)
+    parts = nearest.reshape(s, l, k, p).transpose(2, 1, 0, 3)
     assert np.linalg.matrix_rank(parts, tol=1e-9).max() <= rank

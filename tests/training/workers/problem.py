@@ -48,7 +48,7 @@ def leaves(state):
     """Gives the arrays of a state by path, the key as its numbers."""
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         named[jax.tree_util.keystr(path)] = np.asarray(leaf)
     return named
