@@ -1,0 +1,161 @@
+"""Speed, claims and the demo of jaxlab.
+
+Full presets of ``speed`` and ``claim`` write to ``benchmarks/results/<device>/`` and
+print a verdict; small ones take seconds, write to ``out/benchmarks`` and print none.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from benchmarks import environment
+
+Preset = Literal["small", "full"]
+Name = tyro.conf.Positional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Lists the members of ``speed`` and ``claim``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Times one member on one core, against what a user would pick instead."""
+
+    name: Name
+    """The member; ``list`` shows them."""
+    preset: Preset = "small"
+    """``small`` takes seconds; ``full`` measures."""
+    directory: pathlib.Path | None = None
+    """Where the records go; by the preset if not given."""
+    core: int | None = None
+    """The CPU core to stay on; the last one if not given. Accelerators ignore it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """Tests one paper's claim: method and tuned baselines over seeds."""
+
+    name: Name
+    """The member; ``list`` shows them."""
+    preset: Preset = "small"
+    """``small`` takes seconds; ``full`` gives the verdict."""
+    directory: pathlib.Path | None = None
+    """Where the records go; by the preset if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Trains a small network on digits dense and with Monarch, and draws the result."""
+
+    preset: Preset = "full"
+    """``full`` takes a few minutes on two cores, ``small`` seconds."""
+    directory: pathlib.Path = environment.ROOT / "out" / "demo"
+    """Where table and picture go."""
+    record: bool = False
+    """Also keep a full run: records in ``benchmarks/results``, picture in ``docs``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Turns the result files into one Markdown page with pictures."""
+
+    directory: pathlib.Path | None = None
+    """The result files; ``benchmarks/results`` if not given. The page goes there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Readme:
+    """Copies the measured figures from the result files into the README."""
+
+    check: bool = False
+    """Changes nothing; exits with 1 if the README is stale."""
+    readme: pathlib.Path = environment.ROOT / "README.md"
+    """The file with the ``<!-- figures -->`` markers."""
+    directory: pathlib.Path | None = None
+    """The result files; ``benchmarks/results`` if not given."""
+
+
+Command = (
+    Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Speed, tyro.conf.subcommand("speed")]
+    | Annotated[Claim, tyro.conf.subcommand("claim")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Readme, tyro.conf.subcommand("readme")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = tyro.cli(
+        Command, prog="python -m benchmarks", description=__doc__, args=arguments
+    )
+    # Imports stand in the branches: a process is pinned before they wake any threads.
+    match command:
+        case List():
+            from benchmarks import members
+
+            for kind in members.PLACES:
+                for name in members.names(kind):
+                    print(f"{kind} {name}\n    {members.member(kind, name).CLAIM}")
+        case Speed() | Claim():
+            return _measure(command, arguments)
+        case Demo():
+            if command.record and command.preset != "full":
+                print("error: --record keeps full runs only.", file=sys.stderr)
+                return 2
+            from benchmarks import demo
+
+            demo.main(
+                preset=command.preset,
+                directory=command.directory,
+                record=command.record,
+                arguments=arguments,
+            )
+        case Report():
+            from benchmarks import report
+
+            print(report.write(command.directory))
+        case Readme():
+            from benchmarks import readme
+
+            return readme.main(
+                command.readme, directory=command.directory, check=command.check
+            )
+    return 0
+
+
+def _measure(command: Speed | Claim, arguments: list[str]) -> int:
+    kind = "speed" if isinstance(command, Speed) else "claim"
+    try:
+        if isinstance(command, Speed):
+            environment.pin_to_one_core(command.core)
+        from benchmarks import members, results
+
+        target = results.directory_for(command.preset, command.directory)
+        module = members.member(kind, command.name)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    records = members.run(
+        module,
+        kind=kind,
+        name=command.name,
+        preset=command.preset,
+        arguments=arguments,
+    )
+    path = results.save_results(target, records)
+    members.show(module, records)
+    print(f"Records: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Claims, member by member: method and baselines over seeds, with a verdict."""

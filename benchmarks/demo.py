@@ -1,0 +1,371 @@
+"""The main job: digits, dense and Monarch, from scratch and by projection.
+
+Five rows over the same seeds, data, epochs and optimizer:
+
+- MLP-M as it is, dense;
+- MLP-M with every linear layer a Monarch map of 4 blocks;
+- a dense MLP narrow enough to have no more parameters than that, the honest baseline;
+- the trained dense MLP-M projected onto Monarch, as it comes out;
+- the same after a few epochs of fine-tuning.
+
+All use the same learning rate; nothing here was tuned for one side.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+
+from benchmarks import members, plots, results, timing
+from benchmarks.environment import ROOT
+from benchmarks.results import Record
+from benchmarks.tables import Table
+from jaxlab.datasets import load
+from jaxlab.layers import MonarchLinear, monarchize
+from jaxlab.likelihoods import Categorical
+from jaxlab.models import MLP, mlp_m
+from jaxlab.training import (
+    TrainState,
+    create_state,
+    evaluate,
+    fit,
+    from_nnx,
+    make_train_step,
+)
+
+KIND, NAME = "demo", "digits"
+PICTURE = ROOT / "docs" / "images" / "demo.png"
+
+NBLOCKS = 4
+DENSE, MONARCH, NARROW = "dense", "Monarch", "narrower dense"
+PROJECTED, TUNED = "dense, projected", "dense, projected, fine-tuned"
+COLOURS = dict(zip((DENSE, MONARCH, NARROW, TUNED), plots.COLOURS, strict=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    seeds: int
+    epochs: int
+    fine_tuning_epochs: int
+    rounds: int
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+
+
+PRESETS = {
+    "small": Options(seeds=1, epochs=2, fine_tuning_epochs=1, rounds=2),
+    "full": Options(seeds=3, epochs=60, fine_tuning_epochs=5, rounds=20),
+}
+
+
+def monarch_m(*, rngs: nnx.Rngs) -> MLP:
+    """Builds MLP-M of Monarch layers."""
+    return mlp_m(linear=functools.partial(MonarchLinear, nblocks=NBLOCKS), rngs=rngs)
+
+
+def count(model: Callable[..., nnx.Module]) -> int:
+    """Counts the parameters of a model without making them."""
+    shapes = nnx.eval_shape(lambda: model(rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(shapes, nnx.Param))
+    return sum(leaf.size for leaf in leaves)
+
+
+def narrow_m(*, rngs: nnx.Rngs) -> MLP:
+    """Builds the widest dense 64-h-h-10 with no more parameters than Monarch's."""
+    budget = count(monarch_m)
+    width = max(h for h in range(1, 257) if 10 + 76 * h + h * h <= budget)
+    return MLP((64, width, width, 10), rngs=rngs)
+
+
+def flops(params: Any) -> int:
+    """Counts operations of one example: two for each weight, none for biases."""
+    return sum(2 * leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+
+
+class Run:
+    """Trains one model by ``fit`` and keeps what the table and the picture need."""
+
+    def __init__(self, model: nnx.Module, seed: int, epochs: int, options: Options):
+        self.objective, self.params, self.rest = from_nnx(model, Categorical())
+        self.model, self.seed, self.epochs, self.options = model, seed, epochs, options
+        rows = len(load("digits").splits["train"][0])
+        steps = epochs * -(-rows // options.batch_size)
+        self.optimizer = optax.adam(
+            optax.cosine_decay_schedule(options.learning_rate, steps)
+        )
+
+    def state(self) -> TrainState:
+        """Makes the state of step 0."""
+        key = jax.random.key(self.seed)
+        return create_state(key, self.params, self.optimizer, model_state=self.rest)
+
+    def accuracy(self) -> float:
+        """Measures the share of right answers on the test rows."""
+        test = load("digits").splits["test"]
+        return evaluate(self.objective, self.params, self.rest, test)["accuracy"]
+
+    def train(self) -> list[float]:
+        """Trains; returns the mean training loss of every epoch."""
+        result = fit(
+            self.objective,
+            self.optimizer,
+            self.state(),
+            load("digits").splits["train"],
+            epochs=self.epochs,
+            batch_size=self.options.batch_size,
+            progress=False,
+        )
+        self.params = result.state.params
+        nnx.update(self.model, self.params)
+        return [epoch["loss"] for epoch in result.epochs]
+
+
+def step_times(runs: dict[str, Run], options: Options) -> timing.Timings:
+    """Times the training step of every model, in alternation."""
+    inputs, targets = load("digits").splits["train"]
+    batch = tuple(jnp.asarray(x[: options.batch_size]) for x in (inputs, targets))
+
+    def stepper(run: Run) -> Callable[[], Any]:
+        step = make_train_step(run.objective, run.optimizer)
+        state = run.state()
+
+        def call() -> Any:
+            nonlocal state  # each step takes the buffers of the one before
+            state, metrics = step(state, batch)
+            return metrics
+
+        return call
+
+    calls = {name: stepper(run) for name, run in runs.items()}
+    return timing.measure(calls, baseline=DENSE, rounds=options.rounds)
+
+
+def run(options: Options, show: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Trains all, seed by seed, then times the steps; yields a record for each row."""
+    data = load("digits")
+    builders = {DENSE: mlp_m, MONARCH: monarch_m, NARROW: narrow_m}
+    names = (*builders, PROJECTED, TUNED)
+    losses: dict[str, list[list[float]]] = {name: [] for name in names}
+    accuracies: dict[str, list[float]] = {name: [] for name in names}
+    runs: dict[str, Run] = {}
+    with show(options.seeds * (len(builders) + 1) + 1, "demo") as tick:
+        for seed in range(options.seeds):
+            for name, build in builders.items():
+                model = build(rngs=nnx.Rngs(seed))
+                runs[name] = Run(model, seed, options.epochs, options)
+                losses[name].append(runs[name].train())
+                accuracies[name].append(runs[name].accuracy())
+                tick(f"seed {seed}, {name}: accuracy {accuracies[name][-1]:.3f}")
+            runs[TUNED] = Run(
+                monarchize(runs[DENSE].model, nblocks=NBLOCKS),
+                seed,
+                options.fine_tuning_epochs,
+                options,
+            )
+            accuracies[PROJECTED].append(runs[TUNED].accuracy())
+            losses[TUNED].append(runs[TUNED].train())
+            accuracies[TUNED].append(runs[TUNED].accuracy())
+            tick(f"seed {seed}, projected: accuracy {accuracies[TUNED][-1]:.3f}")
+        timings = step_times(runs, options)
+        tick("time of a step")
+    for name in names:
+        trained = runs[TUNED if name == PROJECTED else name]
+        leaves = jax.tree.leaves(trained.params)
+        seconds = timings.samples if name == DENSE else {}
+        own = [] if name == PROJECTED else timings.samples[name]
+        yield {
+            "case": {"model": name},
+            "data": {"name": data.name, "digest": data.digest},
+            "dtype": "float32",
+            "shapes": {split: list(x.shape) for split, (x, _) in data.splits.items()},
+            "seed": list(range(options.seeds)),
+            "options": dataclasses.asdict(options),
+            "parameters": sum(leaf.size for leaf in leaves),
+            "flops": flops(trained.params),
+            "samples": {
+                "accuracy": accuracies[name],
+                "loss": losses[name],
+                "step_seconds": own,
+                "step_seconds" + timing.AGAIN: seconds.get(DENSE + timing.AGAIN, []),
+            },
+        }
+
+
+def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Writes mean and standard deviation over the seeds."""
+    mean = scale * statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+def tables(records: list[Record]) -> list[Table]:
+    """Writes the table of the demo."""
+    rows = []
+    for record in records:
+        seconds = record["samples"]["step_seconds"]
+        rows.append(
+            (
+                record["case"]["model"],
+                f"{record['parameters']:,}",
+                f"{record['flops']:,}",
+                f"{1e6 * statistics.median(seconds):.0f}" if seconds else "",
+                spread(record["samples"]["accuracy"], 100),
+            )
+        )
+    first = records[0]
+    samples, options = first["samples"], first["options"]
+    again = samples["step_seconds" + timing.AGAIN]
+    same = timing.quartiles(
+        [b / a for a, b in zip(samples["step_seconds"], again, strict=True)]
+    )
+    header = (
+        "model",
+        "parameters",
+        "FLOPs per example",
+        "us per step",
+        "test accuracy %",
+    )
+    note = (
+        f"Digits, 64-256-256-10, {options['epochs']} epochs (fine-tuning: "
+        f"{options['fine_tuning_epochs']}), batch {options['batch_size']}; accuracy: "
+        f"mean ± standard deviation of {len(first['seed'])} seeds on "
+        f"{first['shapes']['test'][0]} test rows. FLOPs: 2 per weight, forward. Step: "
+        f"median on {len(first['device']['cores'])} cores, dense against itself {same}."
+    )
+    return [Table("", header, rows, note)]
+
+
+def draw(records: list[Record]) -> Figure:
+    """Draws loss curves, and accuracy against parameters."""
+    found = {record["case"]["model"]: record for record in records}
+    with rc_context(plots.STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_losses(left, found)
+        _draw_accuracies(right, found)
+    return figure
+
+
+def _draw_losses(axes: Any, found: dict[str, Record]) -> None:
+    epochs = found[DENSE]["options"]["epochs"]
+    ends = {}
+    for name, colour in COLOURS.items():
+        curves = np.array(found[name]["samples"]["loss"])
+        # Fine-tuning goes on where the dense runs end.
+        x = 1 + np.arange(curves.shape[1]) + (epochs if name == TUNED else 0)
+        for curve in curves:
+            axes.plot(x, curve, color=colour, lw=0.6, alpha=0.6)
+        middle = np.exp(np.log(curves).mean(0))
+        axes.plot(x, middle, color=colour, lw=2, solid_capstyle="round")
+        ends[name] = (x[-1], np.log10(middle[-1]))
+    axes.set_yscale("log")
+    axes.set_title("Training loss (bold: geometric mean of the seeds)")
+    axes.set_xlabel("epoch; fine-tuning goes on where dense ends")
+    axes.set_xlim(0, None)
+    low, high = np.log10(axes.get_ylim())
+    heights = plots.apart([y for _, y in ends.values()], 0.06 * (high - low))
+    for (name, (x, _)), y in zip(ends.items(), heights, strict=True):
+        axes.annotate(
+            name.replace("dense, projected, ", "projected,\n"),
+            (x, 10**y),
+            (7, 0),
+            textcoords="offset points",
+            color=COLOURS[name],
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _draw_accuracies(axes: Any, found: dict[str, Record]) -> None:
+    # Half a test row from 0 and 1 at the most, where the logit ends.
+    rows = found[DENSE]["shapes"]["test"][0]
+    inside = lambda values: np.clip(values, 0.5 / rows, 1 - 0.5 / rows)
+    # Three models have almost the same parameters, and seeds often agree: both are
+    # drawn side by side, moved on the paper and not in the data.
+    dodge = {DENSE: 0, MONARCH: -18, NARROW: 0, TUNED: 18, PROJECTED: 18}
+    for name, points in dodge.items():
+        colour = COLOURS[TUNED if name == PROJECTED else name]
+        accuracies = inside(np.array(found[name]["samples"]["accuracy"]))
+        thousands = found[name]["parameters"] / 1e3
+        for seed, accuracy in enumerate(accuracies):
+            moved = points + 5 * (seed - (len(accuracies) - 1) / 2)
+            shift = ScaledTranslation(moved / 72, 0, axes.figure.dpi_scale_trans)
+            axes.plot(
+                [thousands],
+                [accuracy],
+                "o",
+                ms=5,
+                color=colour,
+                mfc="white" if name == PROJECTED else colour,
+                transform=axes.transData + shift,
+            )
+        axes.annotate(
+            name.replace("dense, ", ""),
+            (thousands, accuracies.mean()),
+            (points + (-14 if points < 0 else 14), 0),
+            textcoords="offset points",
+            ha="right" if points < 0 else "left",
+            va="center",
+            color=colour,
+        )
+    axes.set_yscale("logit")
+    every = np.concatenate([inside(r["samples"]["accuracy"]) for r in found.values()])
+    logits = np.log(every / (1 - every))
+    low, high = 1 / (1 + np.exp(-np.array([logits.min() - 0.3, logits.max() + 0.3])))
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, 1.2 * found[DENSE]["parameters"] / 1e3)
+    axes.set_xlabel("parameters, thousands (dots set side by side)")
+    axes.set_title("Test accuracy of each seed, % (logit scale)")
+    ticks = np.array([0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995])
+    ticks = ticks[(ticks >= low) & (ticks <= high)]
+    axes.set_yticks(ticks, [f"{100 * tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.grid(axis="y", color="#e4e4e4", lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def main(
+    *, preset: str, directory: pathlib.Path, record: bool, arguments: list[str]
+) -> None:
+    """Runs the demo, prints the table, writes table and picture.
+
+    Args:
+      preset: "small" or "full".
+      directory: where table and picture go.
+      record: also files the records of a full run and copies the picture to ``docs``.
+      arguments: what was typed.
+    """
+    this = sys.modules[__name__]  # a member in all but its place
+    records = members.run(
+        this, kind=KIND, name=NAME, preset=preset, arguments=arguments
+    )
+    (table,) = tables(records)
+    named = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    content = {"rows": named, "note": table.note, "records": records}
+    results.write_atomically(
+        directory / "table.json", json.dumps(content, indent=1).encode()
+    )
+    results.write_atomically(directory / "table.md", f"{table}\n".encode())
+    picture = directory / "demo.png"
+    plots.save(draw(records), picture)
+    print(f"{table}\n\nTable and picture: {directory}")
+    if record:
+        PICTURE.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture, PICTURE)
+        target = results.directory_for(preset)
+        print(f"Kept: {PICTURE} and {results.save_results(target, records)}")

@@ -1,0 +1,1 @@
+"""Speed, member by member: interleaved timings against what a user would pick."""
