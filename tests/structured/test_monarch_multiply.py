@@ -165,6 +165,13 @@ def test_bfloat16_accumulates_in_float32():
     y = monarch_matmul(x, ones, jnp.ones((1, 2, 1), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.full((2, 2), 300.0))
+    # A CPU sums in float32 anyway; other devices have to be told.
+    w1, w2 = random_case((2, 6, 4, 3, 5, 4), dtype=jnp.bfloat16)[1:]
+    for program, products in (
+        (jax.make_jaxpr(monarch_matmul)(x[:, :8], w1, w2), 2),
+        (jax.make_jaxpr(monarch_to_dense)(w1, w2), 1),
+    ):
+        assert str(program).count("preferred_element_type=float32") == products
 
 
 def test_dtypes_follow_promotion():
