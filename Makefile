@@ -59,7 +59,7 @@ wheel: $(SETUP)
 	$(PYTHON) -m venv out/wheel/venv
 	out/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet \
 	  --constraint constraints.txt out/wheel/*.whl
-	cd out/wheel && venv/bin/python -W error ../../tests/wheel_check.py
+	cd out/wheel && venv/bin/python -W error ../../.ci/wheel_check.py
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks speed monarch --preset full

@@ -21,6 +21,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+# Scripts that tests start in processes of their own.
+collect_ignore_glob = ["tests/training/workers/*"]
+
 
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):

@@ -1,7 +1,5 @@
 """Monarch functions on what people pass: messages, NumPy arrays, random shapes."""
 
-# ruff: noqa: E741 (l is the papers' letter)
-
 import jax
 import jax.numpy as jnp
 import numpy as np

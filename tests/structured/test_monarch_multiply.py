@@ -1,7 +1,5 @@
 """Monarch products against a four-index sum, a reference implementation and jax."""
 
-# ruff: noqa: E741 (l is the papers' letter)
-
 import pathlib
 
 import chex

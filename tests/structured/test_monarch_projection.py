@@ -1,7 +1,5 @@
 """Monarch projections: goldens, optimality, and classes that they hold exactly."""
 
-# ruff: noqa: E741 (l is the papers' letter)
-
 import functools
 import pathlib
 import time

@@ -18,8 +18,6 @@ so each of the k*l slices ``M.reshape(s, l, k, p)[:, lam, kappa, :]`` has rank c
 most, and nothing else is asked. A product costs k*q*p + l*s*r multiplications a row.
 """
 
-# ruff: noqa: E741 (l is the papers' letter)
-
 from typing import NamedTuple
 
 import jax

@@ -17,8 +17,6 @@ Reference: Dao et al., "Monarch: Expressive Structured Matrices for Efficient an
 Accurate Training", ICML 2022, Theorem 1.
 """
 
-# ruff: noqa: E741 (l is the papers' letter)
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
