@@ -1,10 +1,12 @@
 """The loop equals a loop written by hand, whatever its options; then what it tells."""
 
+import io
 import json
 import os
 import pathlib
 import re
 import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -370,6 +372,23 @@ def test_accuracy_of_integers_and_of_one_hot():
     np.testing.assert_array_equal(
         accuracy(logits, jax.nn.one_hot(targets, 2)), [1, 0, 1]
     )
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_on_a_terminal_alone(monkeypatch):
+    for stream, options, shown in (
+        (_Terminal(), {}, True),
+        (io.StringIO(), {}, False),
+        (_Terminal(), {"progress": False}, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        _fit(**{"progress": True} | options)
+        assert ("18/18" in stream.getvalue()) == shown
+        assert ("loss" in stream.getvalue()) == shown
 
 
 def test_options_of_the_step_reach_it():

@@ -150,8 +150,8 @@ def test_killed_and_damaged_ends_with_the_same_bits(undisturbed, tmp_path):
     flipped = _flip(folder, "d/*")
     said, code = _restart_and_terminate(folder)
     _check_said(said, *flipped)
-    # SIGTERM: the save under way was finished and sealed.
-    assert code in (128 + signal.SIGTERM, 0)
+    # SIGTERM: the save under way was finished and sealed. (It may come after the end.)
+    assert code in (128 + signal.SIGTERM, 0, -signal.SIGTERM)
     assert all(map(_sealed, (folder / "checkpoints").glob("[0-9]*[0-9]")))
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
