@@ -48,7 +48,7 @@ def from_nnx(model: nnx.Module, likelihood: Likelihood) -> NnxParts:
 
     Raises:
       ValueError: when the objective is called for training without a ``key`` and
-        the model has random streams.
+        the model has random streams, or with another state than the model's.
 
     Examples:
       >>> from flax import nnx
@@ -61,27 +61,31 @@ def from_nnx(model: nnx.Module, likelihood: Likelihood) -> NnxParts:
     graph, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
     others = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.RngState))
     tags = _stream_names(model)
+    kept = nnx.to_pure_dict(rest)
+    keeps = bool(jax.tree.leaves(kept))
 
     def apply_fn(params, state, inputs, *, key, train):
+        if keeps and jax.tree.structure(state) != jax.tree.structure(kept):
+            raise ValueError(
+                "The model keeps state besides its params: give the model_state of "
+                "from_nnx to create_state(..., model_state=model_state)."
+            )
         if train and tags and key is None:
             raise ValueError(
                 f"The model has random streams {sorted(tags)}: pass key= to train it, "
                 "or train=False."
             )
         # A copy, so that what a call changes never leaks out of a trace.
-        now = nnx.merge(graph, params, streams, state, copy=True)
+        parts = (params, streams, state if keeps else kept)
+        now = nnx.merge(graph, *parts, copy=True)
         if train and tags:
             keys = jax.random.split(key, len(tags))
             nnx.reseed(now, **dict(zip(sorted(tags), keys)))
         now.train() if train else now.eval()
         outputs = now(inputs)
-        return outputs, nnx.to_pure_dict(nnx.state(now, others))
+        return outputs, nnx.to_pure_dict(nnx.state(now, others)) if keeps else state
 
-    return NnxParts(
-        Objective(apply_fn, likelihood),
-        nnx.to_pure_dict(params),
-        nnx.to_pure_dict(rest),
-    )
+    return NnxParts(Objective(apply_fn, likelihood), nnx.to_pure_dict(params), kept)
 
 
 def _stream_names(model) -> set[str]:

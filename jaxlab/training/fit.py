@@ -141,8 +141,9 @@ def fit(
       Last state, per-step history and per-epoch means.
 
     Raises:
-      ValueError: if the arguments do not fit each other or the data, or the checkpoint
-        does not fit the state (another tree, another base key).
+      ValueError: if the arguments do not fit each other or the data, the state is used
+        up or of another optimizer, or the checkpoint does not fit the state (another
+        tree, another base key).
       FloatingPointError: if a loss is not finite; names the step. No later state was
         saved, so the newest checkpoint is from before.
 
@@ -160,6 +161,7 @@ def fit(
       ([[0.9375]], [4.0, 2.0, 4.0, 2.0])
     """
     _check_counts(epochs, evaluate_every, checkpoint_every, steps_per_call)
+    _check_state(state, optimizer)
     state = _on_mesh(state, data_sharding)
     feed = _make_feed(
         train,
@@ -292,6 +294,26 @@ def _check_counts(epochs, evaluate_every, checkpoint_every, steps_per_call):
         raise ValueError(
             "fit: evaluate_every, checkpoint_every and steps_per_call must be >= 1, "
             f"got {evaluate_every}, {checkpoint_every} and {steps_per_call}."
+        )
+
+
+def _check_state(state, optimizer):
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            "fit: state must be a TrainState; make one with create_state(key, params, "
+            f"optimizer), got {type(state).__name__}."
+        )
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        raise ValueError(
+            "fit: the buffers of this state were given to an earlier step; go on with "
+            "the state that came out of it (result.state), or make a new one with "
+            "create_state."
+        )
+    expected = jax.eval_shape(optimizer.init, state.params)
+    if jax.tree.structure(expected) != jax.tree.structure(state.opt_state):
+        raise ValueError(
+            "fit: state.opt_state does not come from this optimizer; call "
+            "create_state with the optimizer that fit gets."
         )
 
 

@@ -101,12 +101,20 @@ def create_state(
       The state. Its leaves are fresh arrays: a step that donates them leaves the
       caller's ``params`` alone.
 
+    Raises:
+      ValueError: if ``key`` is not a typed key.
+
     Examples:
       >>> import optax
       >>> state = create_state(jax.random.key(0), {"w": jnp.ones(3)}, optax.sgd(0.1))
       >>> state.params["w"].shape
       (3,)
     """
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            "create_state: key must be a typed key such as jax.random.key(0), got "
+            f"{jnp.asarray(key).dtype} (jax.random.PRNGKey makes those)."
+        )
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     params = copy(params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))

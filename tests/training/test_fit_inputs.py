@@ -111,3 +111,28 @@ def test_numpy_and_numbers_are_welcome():
 def test_weights_that_are_all_zero_give_nan():
     data = (*DATA, np.zeros(10, np.float32))
     assert np.isnan(evaluate(OBJECTIVE, jnp.zeros((2, 1)), (), data)["loss"])
+
+
+def test_a_state_that_is_none():
+    with pytest.raises(
+        ValueError, match=r"create_state\(key, params, optimizer\), got"
+    ):
+        _fit(state={"w": jnp.zeros((2, 1))}, batch_size=5)
+
+
+def test_a_state_that_is_used_up():
+    state = _state()
+    _fit(state=state, batch_size=5)
+    with pytest.raises(ValueError, match=r"go on with the state that came out"):
+        _fit(state=state, batch_size=5)
+
+
+def test_a_state_of_another_optimizer():
+    state = create_state(jax.random.key(0), jnp.zeros((2, 1)), optax.adam(0.1))
+    with pytest.raises(ValueError, match="does not come from this optimizer"):
+        _fit(state=state, batch_size=5)
+
+
+def test_a_key_of_the_old_kind():
+    with pytest.raises(ValueError, match=r"typed key such as jax\.random\.key\(0\)"):
+        create_state(jax.random.PRNGKey(0), jnp.zeros((2, 1)), OPTIMIZER)

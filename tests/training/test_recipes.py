@@ -122,3 +122,13 @@ def test_training_noise_without_a_key_is_an_error():
     batch = (jnp.ones((4, 4)), jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match=r"random streams \['default'\]: pass key="):
         objective.loss(params, model_state, batch)
+
+
+def test_a_model_without_state_takes_any_and_one_with_state_its_own():
+    batch = (jnp.ones((4, 4)), jnp.zeros(4, jnp.int32))
+    bare = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    objective, params, _ = from_nnx(bare, Categorical())
+    assert objective.loss(params, (), batch)[1] == ()
+    objective, params, _ = from_nnx(_Noisy(nnx.Rngs(0)), Categorical())
+    with pytest.raises(ValueError, match="model_state=model_state"):
+        objective.loss(params, (), batch, key=jax.random.key(0))
