@@ -14,6 +14,12 @@ from jaxlab.training.fit import EpochInfo, FitResult, fit
 from jaxlab.training.metrics import accuracy, evaluate
 from jaxlab.training.state import LossScale, Optimizer, TrainState, create_state
 from jaxlab.training.step import make_train_step, with_extra_args
+from jaxlab.training.switching import (
+    ReverseSparsified,
+    Switched,
+    reverse_sparsification,
+    switch_layers,
+)
 
 __all__ = [
     "Checkpoints",
@@ -23,6 +29,8 @@ __all__ = [
     "NnxParts",
     "Optimizer",
     "Restored",
+    "ReverseSparsified",
+    "Switched",
     "TrainState",
     "accuracy",
     "create_state",
@@ -31,5 +39,7 @@ __all__ = [
     "fit",
     "from_nnx",
     "make_train_step",
+    "reverse_sparsification",
+    "switch_layers",
     "with_extra_args",
 ]
