@@ -455,7 +455,7 @@ def test_trains_a_module_with_batch_norm_and_dropout(tmp_path):
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names = {}
     exec(compile("\n".join(blocks), PAGE.name, "exec"), names)
     assert names["means"]["accuracy"] > 0.9
