@@ -36,8 +36,8 @@ class MonarchLinear(nnx.Module):
       dtype: of the computation and of the output; None takes the common dtype of
         input and parameters, as in ``nnx.Linear``.
       param_dtype: of the parameters.
-      scheme: "variance_preserving" (zero bias) or "official", the authors' uniform
-        distributions (bias within 1/sqrt(out_features)); see
+      scheme: "variance_preserving" or "mup" (zero bias), or "official", the authors'
+        uniform distributions (bias within 1/sqrt(out_features)); see
         :func:`jaxlab.structured.init_monarch`.
       rngs: random streams; ``params`` is used.
 

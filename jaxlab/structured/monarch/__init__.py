@@ -4,7 +4,15 @@ Reference: Dao, Chen, Sohoni, Desai, Poli, Grogan, Liu, Rao, Rudra and Re, "Mona
 Expressive Structured Matrices for Efficient and Accurate Training", ICML 2022.
 """
 
-from jaxlab.structured.monarch.initialisation import init_monarch
+from jaxlab.structured.monarch.chain import (
+    monarch_chain_matmul,
+    monarch_chain_to_dense,
+)
+from jaxlab.structured.monarch.data_projection import monarch_project_data
+from jaxlab.structured.monarch.initialisation import (
+    init_monarch,
+    monarch_mup_multipliers,
+)
 from jaxlab.structured.monarch.multiply import (
     MonarchFactors,
     monarch_matmul,
@@ -14,12 +22,40 @@ from jaxlab.structured.monarch.projection import (
     monarch_project,
     monarch_project_error,
 )
+from jaxlab.structured.monarch.recovery import (
+    MMStarFactors,
+    factor_mmstar,
+    mmstar_matmul,
+    mmstar_to_dense,
+)
+from jaxlab.structured.monarch.transforms import (
+    DFTFactors,
+    circulant_factors,
+    dft_chain_factors,
+    dft_factors,
+    hadamard_factors,
+    kronecker_factors,
+)
 
 __all__ = [
+    "DFTFactors",
+    "MMStarFactors",
     "MonarchFactors",
+    "circulant_factors",
+    "dft_chain_factors",
+    "dft_factors",
+    "factor_mmstar",
+    "hadamard_factors",
     "init_monarch",
+    "kronecker_factors",
+    "mmstar_matmul",
+    "mmstar_to_dense",
+    "monarch_chain_matmul",
+    "monarch_chain_to_dense",
     "monarch_matmul",
+    "monarch_mup_multipliers",
     "monarch_project",
+    "monarch_project_data",
     "monarch_project_error",
     "monarch_to_dense",
 ]
