@@ -63,6 +63,23 @@ def test_gradients_of_the_factors_are_compared_too():
         speed.disagreement(results)
 
 
+def test_the_feature_major_product_is_compared_between_token_major_arrays():
+    products, (x, dy) = speed.compared(16, 4, 5, seed=0)
+    apply, weights = products[speed.FEATURES]
+    both = speed.with_gradients(apply)
+    results = {
+        name: speed.with_gradients(f)(x, dy, *w)
+        for name, (f, w) in products.items()
+        if name != speed.FEATURES
+    }
+    found = speed.as_tokens(both(x.T, dy.T, *weights))
+    assert speed.disagreement(results | {speed.FEATURES: found}) < speed.TOLERANCE
+    for i in range(4):
+        wrong = (*found[:i], 2 * found[i], *found[i + 1 :])
+        with pytest.raises(ValueError, match="nothing to compare"):
+            speed.disagreement(results | {speed.FEATURES: wrong})
+
+
 @pytest.mark.parametrize("structure", ["monarch", "dft", "convolution"])
 def test_baselines_have_as_many_parameters_and_hardly_more(structure):
     outputs = 128 if structure == "dft" else 64

@@ -16,6 +16,7 @@ from jaxlab.structured.monarch.initialisation import (
 from jaxlab.structured.monarch.multiply import (
     MonarchFactors,
     monarch_matmul,
+    monarch_matmul_features,
     monarch_to_dense,
 )
 from jaxlab.structured.monarch.projection import (
@@ -53,6 +54,7 @@ __all__ = [
     "monarch_chain_matmul",
     "monarch_chain_to_dense",
     "monarch_matmul",
+    "monarch_matmul_features",
     "monarch_mup_multipliers",
     "monarch_project",
     "monarch_project_data",

@@ -16,14 +16,22 @@ with c = q / l (so r = c*k),
 
 so each of the k*l slices ``M.reshape(s, l, k, p)[:, lam, kappa, :]`` has rank c at
 most, and nothing else is asked. A product costs k*q*p + l*s*r multiplications a row.
+
+Interleaving is a pass over the output. Who does not need it asks for the block-major
+order, entry lam*s + sigma in place of sigma*l + lam; who keeps activations with the
+features first (:func:`monarch_matmul_features`) also saves the transposes at the edges.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
+
+from jaxlab.structured.monarch import _forms
+
+OutputLayout = Literal["interleaved", "block_major"]
 
 
 class MonarchFactors(NamedTuple):
@@ -47,47 +55,96 @@ def monarch_matmul(
     x: Inexact[ArrayLike, "*batch n"],
     w1: Inexact[ArrayLike, "k q p"],
     w2: Inexact[ArrayLike, "l s r"],
+    *,
+    output_layout: OutputLayout = "interleaved",
+    platform: str | None = None,
 ) -> Inexact[Array, "*batch m"]:
     """Multiplies rows by a Monarch matrix, ``x @ monarch_to_dense(w1, w2).T``.
 
     Products accumulate in float32 at least; the middle and the result have the
-    common dtype of the three arrays. l need not divide q.
+    common dtype of the three arrays. l need not divide q. On a CPU the order of the
+    operations depends on the sizes; every order can be differentiated in both modes
+    and any number of times, transposed and mapped.
 
     Args:
       x: rows of width n = k*p; any leading dimensions, empty ones too.
       w1: blocks next to the input, (k, q, p).
       w2: blocks next to the output, (l, s, r), with ``k * q == l * r``.
+      output_layout: "interleaved", the order of ``monarch_to_dense``, or
+        "block_major", one block after the other: the interleaved row y is then
+        ``y.reshape(s, l).T.ravel()``. On accelerators that saves a pass.
+      platform: "cpu", "gpu" or "tpu", where the program is compiled for another
+        platform than the default backend, ``None``. It only decides about speed.
 
     Returns:
       Rows of width m = s*l with the leading dimensions of ``x``.
 
     Raises:
-      ValueError: if the factors do not fit together, ``x`` does not fit them, or an
-        array holds integers.
+      ValueError: if the factors do not fit together, ``x`` does not fit them, an
+        array holds integers, or the layout is unknown.
 
     Examples:
       >>> w1 = jnp.ones((2, 2, 3))
       >>> w2 = jnp.array([[[1.0, 0.0]], [[0.0, 2.0]]])
       >>> monarch_matmul(jnp.arange(6.0), w1, w2)
       Array([ 3., 24.], dtype=float32)
+      >>> w2 = jnp.array([[[1.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [0.0, 2.0]]])
+      >>> monarch_matmul(jnp.arange(6.0), w1, w2)
+      Array([ 3., 12.,  6., 24.], dtype=float32)
+      >>> monarch_matmul(jnp.arange(6.0), w1, w2, output_layout="block_major")
+      Array([ 3.,  6., 12., 24.], dtype=float32)
     """
-    (x, w1, w2), dtype = _promote("monarch_matmul", x=x, w1=w1, w2=w2)
+    (x, w1, w2), _ = _promote("monarch_matmul", x=x, w1=w1, w2=w2)
     _check_factors("monarch_matmul", w1, w2)
-    (k, _, p), (l, s, r) = w1.shape, w2.shape
-    if x.ndim == 0 or x.shape[-1] != k * p:
-        raise ValueError(
-            f"monarch_matmul: the last axis of x must have k * p = {k} * {p} = "
-            f"{k * p} entries for w1 of shape {w1.shape}, got x of shape {x.shape}; "
-            "pad x with zeros or make factors for that width."
-        )
-    batch = x.shape[:-1]
-    wide = jnp.promote_types(dtype, jnp.float32)
+    interleaved = _is_interleaved("monarch_matmul", output_layout)
+    _check_width("monarch_matmul", x, w1, "last")
+    packed = (platform or jax.default_backend()) == "cpu"
+    form = _forms.packed if packed else _forms.plain
     with jax.named_scope("monarch_matmul"):
-        blocks = x.reshape(*batch, k, p)
-        middle = jnp.einsum("...kp,kqp->...kq", blocks, w1, preferred_element_type=wide)
-        middle = middle.astype(dtype).reshape(*batch, r, l)
-        y = jnp.einsum("...rl,lsr->...sl", middle, w2, preferred_element_type=wide)
-        return y.astype(dtype).reshape(*batch, s * l)
+        return form(x, w1, w2, interleaved)
+
+
+def monarch_matmul_features(
+    x: Inexact[ArrayLike, "n *batch"],
+    w1: Inexact[ArrayLike, "k q p"],
+    w2: Inexact[ArrayLike, "l s r"],
+    *,
+    output_layout: OutputLayout = "interleaved",
+) -> Inexact[Array, "m *batch"]:
+    """Multiplies columns by a Monarch matrix, ``monarch_to_dense(w1, w2) @ x``.
+
+    The features stand first and the tokens last, so nothing is transposed at the
+    edges: a chain of such products is faster than one of :func:`monarch_matmul`.
+    Dtypes and derivatives are as there.
+
+    Args:
+      x: columns of height n = k*p; any further dimensions, empty ones too.
+      w1: blocks next to the input, (k, q, p).
+      w2: blocks next to the output, (l, s, r), with ``k * q == l * r``.
+      output_layout: "interleaved", the order of ``monarch_to_dense``, or
+        "block_major", one block after the other: the interleaved column y is then
+        ``y.reshape(s, l).T.ravel()``, and the middle alone is shuffled.
+
+    Returns:
+      Columns of height m = s*l with the further dimensions of ``x``.
+
+    Raises:
+      ValueError: if the factors do not fit together, ``x`` does not fit them, an
+        array holds integers, or the layout is unknown.
+
+    Examples:
+      >>> w1 = jnp.ones((2, 2, 3))
+      >>> w2 = jnp.array([[[1.0, 0.0]], [[0.0, 2.0]]])
+      >>> monarch_matmul_features(jnp.arange(6.0)[:, None], w1, w2)
+      Array([[ 3.],
+             [24.]], dtype=float32)
+    """
+    (x, w1, w2), _ = _promote("monarch_matmul_features", x=x, w1=w1, w2=w2)
+    _check_factors("monarch_matmul_features", w1, w2)
+    interleaved = _is_interleaved("monarch_matmul_features", output_layout)
+    _check_width("monarch_matmul_features", x, w1, "first")
+    with jax.named_scope("monarch_matmul_features"):
+        return _forms.features(x, w1, w2, interleaved)
 
 
 def monarch_to_dense(
@@ -156,3 +213,26 @@ def _check_factors(name: str, w1: Array, w2: Array) -> None:
             f"takes, k * q == l * r; got {w1.shape} and {w2.shape}, so {k} * {q} = "
             f"{k * q} against {l} * {r} = {l * r}."
         )
+
+
+def _check_width(
+    name: str, x: Array, w1: Array, which: Literal["first", "last"]
+) -> None:
+    """Refuses an input whose feature axis does not fit the factors."""
+    k, _, p = w1.shape
+    if x.ndim == 0 or x.shape[0 if which == "first" else -1] != k * p:
+        raise ValueError(
+            f"{name}: the {which} axis of x must have k * p = {k} * {p} = "
+            f"{k * p} entries for w1 of shape {w1.shape}, got x of shape {x.shape}; "
+            "pad x with zeros or make factors for that width."
+        )
+
+
+def _is_interleaved(name: str, output_layout: str) -> bool:
+    """Refuses unknown layouts of the output."""
+    if output_layout not in ("interleaved", "block_major"):
+        raise ValueError(
+            f'{name}: output_layout must be "interleaved" or "block_major", got '
+            f"{output_layout!r}."
+        )
+    return output_layout == "interleaved"
