@@ -47,8 +47,9 @@ def from_nnx(model: nnx.Module, likelihood: Likelihood) -> NnxParts:
       ``nnx.update(model, model_state)`` put trained ones back.
 
     Raises:
-      ValueError: when the objective is called for training without a ``key`` and
-        the model has random streams, or with another state than the model's.
+      ValueError: if ``model`` is no NNX module; when the objective is called for
+        training without a ``key`` and the model has random streams, or with another
+        state than the model's.
 
     Examples:
       >>> from flax import nnx
@@ -58,6 +59,11 @@ def from_nnx(model: nnx.Module, likelihood: Likelihood) -> NnxParts:
       >>> sorted(params), model_state
       (['bias', 'kernel'], {})
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"from_nnx: model must be an nnx.Module, got {type(model).__name__}; for "
+            "a function of the parameters use Objective(plain(apply_fn), likelihood)."
+        )
     graph, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
     others = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.RngState))
     tags = _stream_names(model)

@@ -39,16 +39,21 @@ def epoch_order(key: Key[Array, ""], epoch: Any, *, size: int) -> Int[Array, "si
     Args:
       key: the run's base key.
       epoch: number of the epoch, from 0.
-      size: number of rows, static.
+      size: number of rows, static, at least 0.
 
     Returns:
       A permutation of ``arange(size)``, int32.
+
+    Raises:
+      ValueError: if ``size`` is negative.
 
     Examples:
       >>> order = epoch_order(jax.random.key(0), 3, size=4)
       >>> sorted(order.tolist())
       [0, 1, 2, 3]
     """
+    if size < 0:
+        raise ValueError(f"epoch_order: size must be at least 0, got {size}.")
     key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
     bits = jax.random.bits(key, (size,), jnp.uint32)
     with jax.enable_x64(True):

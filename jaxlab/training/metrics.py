@@ -35,12 +35,20 @@ def accuracy(
     Returns:
       Float32 zeros and ones.
 
+    Raises:
+      ValueError: if ``targets`` has neither of the two shapes.
+
     Examples:
       >>> accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), jnp.array([1, 1])).tolist()
       [1.0, 0.0]
     """
     if targets.shape == outputs.shape:
         targets = jnp.argmax(targets, -1)
+    elif targets.shape != outputs.shape[:-1]:
+        raise ValueError(
+            f"accuracy: targets must have shape {outputs.shape[:-1]} or, one-hot, "
+            f"{outputs.shape}, got {targets.shape}."
+        )
     return (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)
 
 

@@ -155,12 +155,20 @@ def with_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraAr
     Returns:
       A transformation whose ``update`` takes any keyword.
 
+    Raises:
+      ValueError: if ``optimizer`` has no ``init`` and ``update``.
+
     Examples:
       >>> import optax
       >>> tx = with_extra_args(optax.MultiSteps(optax.sgd(1.0), 2))
       >>> isinstance(tx, optax.GradientTransformationExtraArgs)
       True
     """
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            "optimizer must have init and update, as optax transformations do, got "
+            f"{type(optimizer).__name__}."
+        )
     parameters = inspect.signature(optimizer.update).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)

@@ -35,3 +35,9 @@ def test_integers_and_factors_that_do_not_fit_are_refused(product):
 def test_numpy_arrays_are_welcome():
     y = monarch_matmul_features(np.ones((8, 2), np.float32), W1, W2)
     np.testing.assert_array_equal(y, jnp.full((15, 2), 16.0))
+
+
+def test_platforms_that_do_not_exist():
+    w = jnp.ones((2, 2, 2))
+    with pytest.raises(ValueError, match='platform must be None, "cpu"'):
+        monarch_matmul(jnp.ones(4), w, w, platform="cpuu")

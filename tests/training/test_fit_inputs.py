@@ -10,7 +10,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlab.likelihoods import Gaussian
 from jaxlab.objective import Objective, plain
-from jaxlab.training import create_state, evaluate, fit
+from jaxlab.training import (
+    accuracy,
+    create_state,
+    epoch_order,
+    evaluate,
+    fit,
+    from_nnx,
+    with_extra_args,
+)
 
 pytestmark = pytest.mark.untyped
 
@@ -136,3 +144,21 @@ def test_a_state_of_another_optimizer():
 def test_a_key_of_the_old_kind():
     with pytest.raises(ValueError, match=r"typed key such as jax\.random\.key\(0\)"):
         create_state(jax.random.PRNGKey(0), jnp.zeros((2, 1)), OPTIMIZER)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 1)])
+def test_targets_of_accuracy_are_not_broadcast(shape):
+    with pytest.raises(ValueError, match=r"targets must have shape \(2,\) or, one-hot"):
+        accuracy(jnp.ones((2, 3)), jnp.zeros(shape, jnp.int32))
+
+
+def test_orders_of_negative_size():
+    with pytest.raises(ValueError, match="size must be at least 0, got -1"):
+        epoch_order(jax.random.key(0), 0, size=-1)
+
+
+def test_models_and_optimizers_that_are_none():
+    with pytest.raises(ValueError, match=r"must be an nnx\.Module, got int"):
+        from_nnx(3, Gaussian())
+    with pytest.raises(ValueError, match="must have init and update"):
+        with_extra_args(3)

@@ -81,7 +81,7 @@ def monarch_matmul(
 
     Raises:
       ValueError: if the factors do not fit together, ``x`` does not fit them, an
-        array holds integers, or the layout is unknown.
+        array holds integers, or the layout or the platform is unknown.
 
     Examples:
       >>> w1 = jnp.ones((2, 2, 3))
@@ -98,6 +98,11 @@ def monarch_matmul(
     _check_factors("monarch_matmul", w1, w2)
     interleaved = _is_interleaved("monarch_matmul", output_layout)
     _check_width("monarch_matmul", x, w1, "last")
+    if platform not in (None, "cpu", "gpu", "tpu"):
+        raise ValueError(
+            'monarch_matmul: platform must be None, "cpu", "gpu" or "tpu", got '
+            f"{platform!r}."
+        )
     packed = (platform or jax.default_backend()) == "cpu"
     form = _forms.packed if packed else _forms.plain
     with jax.named_scope("monarch_matmul"):
