@@ -20,9 +20,11 @@ from jaxlab.layers.conversion import (
     monarchize_params,
 )
 from jaxlab.layers.monarch import MonarchLinear
+from jaxlab.layers.monarch_stack import MonarchStack
 
 __all__ = [
     "MonarchLinear",
+    "MonarchStack",
     "densify",
     "densify_params",
     "monarchize",

@@ -6,12 +6,14 @@ Nothing here needs flax; the modules that hold such parameters are in
 
 from jaxlab.structured.monarch import (
     DFTFactors,
+    FoldedLayer,
     MMStarFactors,
     MonarchFactors,
     circulant_factors,
     dft_chain_factors,
     dft_factors,
     factor_mmstar,
+    fold_monarch_stack,
     hadamard_factors,
     init_monarch,
     kronecker_factors,
@@ -25,17 +27,21 @@ from jaxlab.structured.monarch import (
     monarch_project,
     monarch_project_data,
     monarch_project_error,
+    monarch_stack_matmul,
     monarch_to_dense,
+    unfold_monarch_stack,
 )
 
 __all__ = [
     "DFTFactors",
+    "FoldedLayer",
     "MMStarFactors",
     "MonarchFactors",
     "circulant_factors",
     "dft_chain_factors",
     "dft_factors",
     "factor_mmstar",
+    "fold_monarch_stack",
     "hadamard_factors",
     "init_monarch",
     "kronecker_factors",
@@ -49,5 +55,7 @@ __all__ = [
     "monarch_project",
     "monarch_project_data",
     "monarch_project_error",
+    "monarch_stack_matmul",
     "monarch_to_dense",
+    "unfold_monarch_stack",
 ]

@@ -29,6 +29,12 @@ from jaxlab.structured.monarch.recovery import (
     mmstar_matmul,
     mmstar_to_dense,
 )
+from jaxlab.structured.monarch.stack import (
+    FoldedLayer,
+    fold_monarch_stack,
+    monarch_stack_matmul,
+    unfold_monarch_stack,
+)
 from jaxlab.structured.monarch.transforms import (
     DFTFactors,
     circulant_factors,
@@ -40,12 +46,14 @@ from jaxlab.structured.monarch.transforms import (
 
 __all__ = [
     "DFTFactors",
+    "FoldedLayer",
     "MMStarFactors",
     "MonarchFactors",
     "circulant_factors",
     "dft_chain_factors",
     "dft_factors",
     "factor_mmstar",
+    "fold_monarch_stack",
     "hadamard_factors",
     "init_monarch",
     "kronecker_factors",
@@ -59,5 +67,7 @@ __all__ = [
     "monarch_project",
     "monarch_project_data",
     "monarch_project_error",
+    "monarch_stack_matmul",
     "monarch_to_dense",
+    "unfold_monarch_stack",
 ]

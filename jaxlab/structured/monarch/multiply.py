@@ -233,11 +233,11 @@ def _check_width(
         )
 
 
-def _is_interleaved(name: str, output_layout: str) -> bool:
-    """Refuses unknown layouts of the output."""
-    if output_layout not in ("interleaved", "block_major"):
+def _is_interleaved(name: str, layout: str, argument: str = "output_layout") -> bool:
+    """Refuses unknown layouts."""
+    if layout not in ("interleaved", "block_major"):
         raise ValueError(
-            f'{name}: output_layout must be "interleaved" or "block_major", got '
-            f"{output_layout!r}."
+            f'{name}: {argument} must be "interleaved" or "block_major", got '
+            f"{layout!r}."
         )
-    return output_layout == "interleaved"
+    return layout == "interleaved"
