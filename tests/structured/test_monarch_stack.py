@@ -62,14 +62,15 @@ def oracle(x, factors, biases, order):
     return y
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", CHAINS)
-def test_equals_the_dense_matrices_in_turn(x64, name, order):
+def test_equals_the_dense_matrices_in_turn(x64, name, order, platform):
     x, factors, biases = random_chain(name)
     layers = fold_monarch_stack(factors, biases=biases, order=order)
     apply = jax.jit(
         lambda x, layers: monarch_stack_matmul(
-            x, layers, activation=jnp.tanh, order=order
+            x, layers, activation=jnp.tanh, order=order, platform=platform
         )
     )
     expected = oracle(x, factors, biases, order)
@@ -112,16 +113,21 @@ def test_unfolding_gives_back_what_was_folded(name, order):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_output_can_have_either_layout(x64, order):
+def test_the_output_can_have_either_layout(x64, order, platform):
     x, factors, biases = random_chain("rank")
     layers = fold_monarch_stack(factors, biases=biases, order=order)
     outputs = {
-        layout: monarch_stack_matmul(x, layers, order=order, output_layout=layout)
+        layout: monarch_stack_matmul(
+            x, layers, order=order, output_layout=layout, platform=platform
+        )
         for layout in (*ORDERS, None)
     }
     rows = block_major(16, 4)
-    np.testing.assert_array_equal(outputs["block_major"], outputs["interleaved"][rows])
+    np.testing.assert_allclose(
+        outputs["block_major"], outputs["interleaved"][rows], atol=1e-12
+    )
     np.testing.assert_array_equal(outputs[None], outputs[order])
 
 

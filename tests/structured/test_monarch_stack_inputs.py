@@ -76,6 +76,7 @@ def layer(**changes):
         (np.ones((8, 1), int), [layer()], {}, "floating-point"),
         (np.ones((8, 1)), [layer()], {"order": "rows"}, "order must be"),
         (np.ones((8, 1)), [layer()], {"output_layout": 1}, "output_layout must be"),
+        (np.ones((8, 1)), [layer()], {"platform": "xpu"}, "platform must be"),
         (
             np.ones((8, 1)),
             [layer(), layer()],

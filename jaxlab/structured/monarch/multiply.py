@@ -98,12 +98,7 @@ def monarch_matmul(
     _check_factors("monarch_matmul", w1, w2)
     interleaved = _is_interleaved("monarch_matmul", output_layout)
     _check_width("monarch_matmul", x, w1, "last")
-    if platform not in (None, "cpu", "gpu", "tpu"):
-        raise ValueError(
-            'monarch_matmul: platform must be None, "cpu", "gpu" or "tpu", got '
-            f"{platform!r}."
-        )
-    packed = (platform or jax.default_backend()) == "cpu"
+    packed = _platform("monarch_matmul", platform) == "cpu"
     form = _forms.packed if packed else _forms.plain
     with jax.named_scope("monarch_matmul"):
         return form(x, w1, w2, interleaved)
@@ -241,3 +236,12 @@ def _is_interleaved(name: str, layout: str, argument: str = "output_layout") -> 
             f"{layout!r}."
         )
     return layout == "interleaved"
+
+
+def _platform(name: str, platform: str | None) -> str:
+    """Refuses unknown platforms; the default backend's if none is given."""
+    if platform not in (None, "cpu", "gpu", "tpu"):
+        raise ValueError(
+            f'{name}: platform must be None, "cpu", "gpu" or "tpu", got {platform!r}.'
+        )
+    return platform or jax.default_backend()

@@ -36,11 +36,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
+from jaxlab.structured.monarch import _forms
 from jaxlab.structured.monarch.multiply import (
     MonarchFactors,
     OutputLayout,
     _check_factors,
     _is_interleaved,
+    _platform,
     _promote,
 )
 
@@ -149,6 +151,12 @@ def unfold_monarch_stack(
     name = "unfold_monarch_stack"
     mixed = _is_interleaved(name, order, "order")
     _check_layers(name, layers, mixed)
+    return _unfold(layers, mixed)
+
+
+def _unfold(
+    layers: Sequence[FoldedLayer], mixed: bool
+) -> tuple[tuple[MonarchFactors, ...], tuple[Array | None, ...]]:
     pairs, biases = [], []
     for i, (w1, w2, bias) in enumerate(layers):
         (k, l, c, p), s = w1.shape, w2.shape[1]
@@ -170,6 +178,7 @@ def monarch_stack_matmul(
     activation: Activation | Sequence[Activation] | None = None,
     order: OutputLayout = "interleaved",
     output_layout: OutputLayout | None = None,
+    platform: str | None = None,
 ) -> Inexact[Array, "m *batch"]:
     """Applies a folded chain of Monarch layers to columns.
 
@@ -185,14 +194,17 @@ def monarch_stack_matmul(
         function that looks at several entries together would see them permuted.
       order: the one that the layers were folded for.
       output_layout: of the result: "interleaved", "block_major", or None, which means
-        ``order``. Interleaving it is one pass over the output.
+        ``order``. Interleaving is one more pass: where the next consumer does not
+        care, ask for "block_major".
+      platform: "cpu", "gpu" or "tpu", where the program is compiled for another
+        platform than the default backend, ``None``. It only decides about speed.
 
     Returns:
       Columns of height m = s*l of the last layer, with the further dimensions of x.
 
     Raises:
       ValueError: if the layers do not fit together, ``x`` or the activations do not
-        fit them, an array holds integers, or a layout is unknown.
+        fit them, an array holds integers, or a layout or the platform is unknown.
 
     Examples:
       >>> pair = jnp.ones((2, 2, 2)), jnp.ones((2, 2, 2))
@@ -208,7 +220,7 @@ def monarch_stack_matmul(
     functions = _functions(name, activation, len(layers) - 1)
     leaves, structure = jax.tree.flatten(tuple(layers))
     named = {f"layers[{i}]": leaf for i, leaf in enumerate(leaves)}
-    (x, *leaves), dtype = _promote(name, x=x, **named)
+    (x, *leaves), _ = _promote(name, x=x, **named)
     layers = jax.tree.unflatten(structure, leaves)
     k, _, _, p = layers[0].w1.shape
     if x.ndim == 0 or x.shape[0] != k * p:
@@ -217,29 +229,69 @@ def monarch_stack_matmul(
             f"entries for a first layer with w1 of shape {layers[0].w1.shape}, got x "
             f"of shape {x.shape}; tokens stand last here."
         )
-    batch, wide = x.shape[1:], jnp.promote_types(dtype, jnp.float32)
-    tokens = math.prod(batch)
-    y = x.reshape(k, p, tokens)
+    batch = x.shape[1:]
+    y = x.reshape(k * p, math.prod(batch))
+    form = _unfolded if _platform(name, platform) == "gpu" else _folded
     with jax.named_scope(name):
-        for i, (w1, w2, bias) in enumerate(layers):
-            k, l, c, p = w1.shape
-            if mixed and i:
-                blocks = layers[i - 1].w2.shape[0]
-                w1 = w1.reshape(k, l, c, blocks, p // blocks)
-                y = y.reshape(blocks, k, p // blocks, tokens)
-                product = "klcms,mkst->klct"
-            else:
-                y, product = y.reshape(k, p, tokens), "klcp,kpt->klct"
-            h = jnp.einsum(product, w1, y, preferred_element_type=wide).astype(dtype)
-            y = jnp.einsum("lskc,klct->lst", w2, h, preferred_element_type=wide)
-            y = y.astype(dtype)
-            if bias is not None:
-                y = y + jnp.broadcast_to(bias[..., None], y.shape)
-            if i < len(functions):
-                y = functions[i](y)
-        if interleaved:
-            y = y.swapaxes(0, 1)
-        return y.reshape(y.shape[0] * y.shape[1], *batch)
+        y = form(y, layers, functions, mixed, interleaved)
+        return y.reshape(y.shape[0], *batch)
+
+
+def _folded(
+    y: Inexact[Array, "n t"],
+    layers: Sequence[FoldedLayer],
+    functions: Sequence[Activation],
+    mixed: bool,
+    interleaved: bool,
+) -> Inexact[Array, "m t"]:
+    """Multiplies by the factors as they are stored."""
+    dtype, tokens = y.dtype, y.shape[1]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    for i, (w1, w2, bias) in enumerate(layers):
+        k, l, c, p = w1.shape
+        if mixed and i:
+            blocks = layers[i - 1].w2.shape[0]
+            w1 = w1.reshape(k, l, c, blocks, p // blocks)
+            y = y.reshape(blocks, k, p // blocks, tokens)
+            product = "klcms,mkst->klct"
+        else:
+            y, product = y.reshape(k, p, tokens), "klcp,kpt->klct"
+        h = jnp.einsum(product, w1, y, preferred_element_type=wide).astype(dtype)
+        y = jnp.einsum("lskc,klct->lst", w2, h, preferred_element_type=wide)
+        y = y.astype(dtype)
+        if bias is not None:
+            y = y + jnp.broadcast_to(bias[..., None], y.shape)
+        if i < len(functions):
+            y = functions[i](y)
+    if interleaved:
+        y = y.swapaxes(0, 1)
+    return y.reshape(y.shape[0] * y.shape[1], tokens)
+
+
+def _unfolded(
+    y: Inexact[Array, "n t"],
+    layers: Sequence[FoldedLayer],
+    functions: Sequence[Activation],
+    mixed: bool,
+    interleaved: bool,
+) -> Inexact[Array, "m t"]:
+    """Unfolds the factors, which are small, and multiplies one product at a time.
+
+    A GPU's product takes one contracted axis: h would have to be laid out anew where
+    c > 1, but reads and writes the shuffled middle of the plain form as it lies.
+    """
+    pairs, biases = _unfold(layers, mixed)
+    for i, ((w1, w2), bias) in enumerate(zip(pairs, biases, strict=True)):
+        last = i == len(pairs) - 1
+        if last and bias is not None and interleaved != mixed:
+            l, s = w2.shape[:2]
+            bias = (bias.reshape(l, s) if interleaved else bias.reshape(s, l)).T.ravel()
+        y = _forms.features(y, w1, w2, interleaved if last else mixed)
+        if bias is not None:
+            y = y + jnp.broadcast_to(bias[:, None], y.shape)
+        if i < len(functions):
+            y = functions[i](y)
+    return y
 
 
 def _pair(name: str, i: int, pair: object) -> tuple[Array, Array]:
