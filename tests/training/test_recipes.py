@@ -31,6 +31,15 @@ def test_every_recipe_of_the_page_learns():
     assert abs(losses["loss_step"] - losses["loss_nnx"]) < 1e-3
 
 
+def test_the_page_on_monarch_matrices_runs():
+    page = PAGE.with_name("monarch.md")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names = {}
+    exec(compile("\n".join(blocks), page.name, "exec"), names)
+    assert names["error"](names["fitted"]) < 0.5 * names["error"](names["nearest"])
+
+
 def _nnx_state():
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model, nnx.Param)
