@@ -112,7 +112,7 @@ def test_a_device_that_lacks_a_member_reads_not_shown(full, tmp_path):
     results.save_results(tmp_path, [r | {"name": "else"} for r in other])
     header, _, *rows = str(report.summary(tmp_path)).splitlines()
     assert "h200" in header
-    (row,) = [row for row in rows if "claim monarch" in row]
+    (row,) = [row for row in rows if "claim monarch " in row]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == NOT_SHOWN
     assert cells[1] in ("*shown*", "*not shown*", "*reversed*")
