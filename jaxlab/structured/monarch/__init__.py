@@ -9,6 +9,7 @@ from jaxlab.structured.monarch.chain import (
     monarch_chain_to_dense,
 )
 from jaxlab.structured.monarch.data_projection import monarch_project_data
+from jaxlab.structured.monarch.fused import monarch_matmul_fused
 from jaxlab.structured.monarch.initialisation import (
     init_monarch,
     monarch_mup_multipliers,
@@ -63,6 +64,7 @@ __all__ = [
     "monarch_chain_to_dense",
     "monarch_matmul",
     "monarch_matmul_features",
+    "monarch_matmul_fused",
     "monarch_mup_multipliers",
     "monarch_project",
     "monarch_project_data",
