@@ -1,7 +1,8 @@
-"""Speed, claims and the demo of jaxlab.
+"""Speed, claims, estimates and the demo of jaxlab.
 
-Full presets of ``speed`` and ``claim`` write to ``benchmarks/results/<device>/`` and
-print a verdict; small ones take seconds, write to ``out/benchmarks`` and print none.
+Full presets of ``speed``, ``claim`` and ``estimate`` write to
+``benchmarks/results/<device>/`` and print a verdict; small ones take seconds, write to
+``out/benchmarks`` and print none.
 """
 
 import dataclasses
@@ -12,15 +13,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import environment
+from benchmarks import devices, environment
 
 Preset = Literal["small", "full"]
+Device = Literal["tpu-v5p", "h200"]
 Name = tyro.conf.Positional[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """Lists the members of ``speed`` and ``claim``."""
+    """Lists the members of ``speed``, ``claim`` and ``estimate``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,23 @@ class Claim:
     """``small`` takes seconds; ``full`` gives the verdict."""
     directory: pathlib.Path | None = None
     """Where the records go; by the preset if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Compiles one member for accelerators that are not here; nothing is run.
+
+    ``make devices`` makes an environment with their compilers, ``.venv-devices``.
+    """
+
+    name: Name
+    """The member; ``list`` shows them."""
+    preset: Preset = "small"
+    """``small`` takes seconds; ``full`` gives the verdict."""
+    directory: pathlib.Path | None = None
+    """Where the records go; by the preset if not given."""
+    device: Device | None = None
+    """What to compile for; all whose compilers are installed if not given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +104,7 @@ Command = (
     Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
     | Annotated[Claim, tyro.conf.subcommand("claim")]
+    | Annotated[Estimate, tyro.conf.subcommand("estimate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Readme, tyro.conf.subcommand("readme")]
@@ -105,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kind in members.PLACES:
                 for name in members.names(kind):
                     print(f"{kind} {name}\n    {members.member(kind, name).CLAIM}")
-        case Speed() | Claim():
+        case Speed() | Claim() | Estimate():
             return _measure(command, arguments)
         case Demo():
             if command.record and command.preset != "full":
@@ -132,29 +152,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(command: Speed | Claim, arguments: list[str]) -> int:
-    kind = "speed" if isinstance(command, Speed) else "claim"
+def _measure(command: Speed | Claim | Estimate, arguments: list[str]) -> int:
+    kind = type(command).__name__.lower()
+    targets = [None]
     try:
         if isinstance(command, Speed):
             environment.pin_to_one_core(command.core)
+        if isinstance(command, Estimate):
+            targets = _targets(command.device)
         from benchmarks import members, results
 
-        target = results.directory_for(command.preset, command.directory)
+        directory = results.directory_for(command.preset, command.directory)
         module = members.member(kind, command.name)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    records = members.run(
-        module,
-        kind=kind,
-        name=command.name,
-        preset=command.preset,
-        arguments=arguments,
-    )
-    path = results.save_results(target, records)
-    members.show(module, records)
-    print(f"Records: {path}")
+    for target in targets:
+        records = members.run(
+            module,
+            kind=kind,
+            name=command.name,
+            preset=command.preset,
+            arguments=arguments,
+            target=target,
+        )
+        path = results.save_results(directory, records)
+        members.show(module, records)
+        print(f"Records: {path}")
     return 0
+
+
+def _targets(device: Device | None) -> list[devices.Target]:
+    """Chooses what to compile for, and names on standard error what is left out.
+
+    Raises:
+      ValueError: saying what to install, if nothing can be compiled for.
+    """
+    devices.prepare()
+    wanted = [devices.TARGETS[device]] if device else [*devices.TARGETS.values()]
+    lacking = list(filter(None, (target.missing() for target in wanted)))
+    if len(lacking) == len(wanted):
+        raise ValueError(" ".join(lacking))
+    for line in lacking:
+        print(f"left out: {line}", file=sys.stderr)
+    return [target for target in wanted if not target.missing()]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -117,8 +118,31 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe() -> dict[str, Any]:
+def _device() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = sorted(affinity(0))
+    return {
+        "name": device_name(),
+        "platform": device.platform,
+        "kind": cpu_model() if device.platform == "cpu" else device.device_kind,
+        "count": jax.device_count(),
+        "cores": cores,
+        "pinned": device.platform == "cpu" and len(cores) == 1,
+    }
+
+
+def describe(
+    device: Mapping[str, Any] | None = None, packages: Sequence[str] = ()
+) -> dict[str, Any]:
     """Collects device, cores, versions and flags, the head of every record.
+
+    Args:
+      device: the entry of a device that is only compiled for; the one that JAX runs
+        on if ``None``.
+      packages: what else, besides ``PACKAGES``, the figures depend on.
 
     Returns:
       A dict of JSON values. ``commit`` is ``None`` outside a git checkout; ``dirty``
@@ -126,22 +150,12 @@ def describe() -> dict[str, Any]:
     """
     import jax
 
-    device = jax.devices()[0]
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = sorted(affinity(0))
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
-        "device": {
-            "name": device_name(),
-            "platform": device.platform,
-            "kind": cpu_model() if device.platform == "cpu" else device.device_kind,
-            "count": jax.device_count(),
-            "cores": cores,
-            "pinned": device.platform == "cpu" and len(cores) == 1,
-        },
+        "device": dict(device or _device()),
         "versions": {
             "python": platform.python_version(),
-            **{package: _version(package) for package in PACKAGES},
+            **{package: _version(package) for package in (*PACKAGES, *packages)},
             "commit": _git("rev-parse", "HEAD") if changes is not None else None,
             "dirty": bool(changes) if changes is not None else None,
         },

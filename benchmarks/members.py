@@ -5,17 +5,22 @@ import pkgutil
 import shlex
 from types import ModuleType
 
+from benchmarks.devices import Target
 from benchmarks.environment import ROOT, describe
 from benchmarks.progress import progress
 from benchmarks.results import Record, complete
 from benchmarks.tables import Verdict
 
 NO_VERDICT = "A small run shows that the code works; it gives no verdict."
-PLACES = {"speed": "benchmarks.speed", "claim": "benchmarks.claims"}
+PLACES = {
+    "speed": "benchmarks.speed",
+    "claim": "benchmarks.claims",
+    "estimate": "benchmarks.estimates",
+}
 
 
 def names(kind: str) -> list[str]:
-    """Lists the members of a kind ("speed" or "claim") without importing them."""
+    """Lists the members of a kind, a key of ``PLACES``, without importing them."""
     folder = ROOT.joinpath(*PLACES[kind].split("."))
     return sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
 
@@ -32,10 +37,26 @@ def member(kind: str, name: str) -> ModuleType:
 
 
 def run(
-    module: ModuleType, *, kind: str, name: str, preset: str, arguments: list[str]
+    module: ModuleType,
+    *,
+    kind: str,
+    name: str,
+    preset: str,
+    arguments: list[str],
+    target: Target | None = None,
 ) -> list[Record]:
-    """Runs one preset of a member and returns its complete records."""
-    environment = describe()
+    """Runs one preset of a member and returns its complete records.
+
+    Args:
+      module: the member.
+      kind: a key of ``PLACES``.
+      name: the member's name.
+      preset: "small" or "full".
+      arguments: what was typed after ``python -m benchmarks``.
+      target: what an estimate compiles for.
+    """
+    environment = describe(*((target.head(), target.packages) if target else ()))
+    more = (target,) if target else ()
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     return [
         complete(
@@ -46,7 +67,7 @@ def run(
             command=command,
             environment=environment,
         )
-        for own in module.run(module.PRESETS[preset], progress)
+        for own in module.run(module.PRESETS[preset], progress, *more)
     ]
 
 

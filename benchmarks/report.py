@@ -28,9 +28,11 @@ def provenance(record: Record) -> str:
     packages = ", ".join(
         f"{name} {version}"
         for name, version in versions.items()
-        if name not in ("commit", "dirty")
+        if name not in ("commit", "dirty") and version is not None
     )
-    where = f"{device['kind']}, {len(device['cores'])} cores"
+    where = device["kind"]
+    if device["cores"]:
+        where = f"{device['kind']}, {len(device['cores'])} cores"
     if device["pinned"]:
         where = f"{device['kind']}, pinned to core {device['cores'][0]}"
     return (

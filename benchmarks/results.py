@@ -1,7 +1,8 @@
 """Result files: JSON lines, one record a line, written whole or not at all.
 
-``benchmarks/results/<device>/<kind>_<name>.jsonl`` holds full runs on real devices and
-is committed. Small runs go to ``out/benchmarks`` in the same layout: they show that the
+``benchmarks/results/<device>/<kind>_<name>.jsonl`` holds full runs and is committed.
+Devices are real, except where the name ends in ``-compiled``: those have only been
+compiled for. Small runs go to ``out/benchmarks`` in the same layout: they show that the
 code works, and their figures mean nothing.
 """
 
@@ -75,8 +76,9 @@ def complete(
     Args:
       own: the member's dict: ``case`` (what tells this record from its neighbours),
         ``data`` (``{"name": ..., "digest": ...}``), ``dtype``, ``shapes``, ``seed``,
-        ``samples`` (every repetition, by name), and whatever else it keeps.
-      kind: "speed", "claim" or "demo".
+        ``samples`` (every repetition, by name; none if nothing was run), and whatever
+        else it keeps.
+      kind: "speed", "claim", "estimate" or "demo".
       name: the member.
       preset: "small" or "full".
       command: what was typed.

@@ -4,12 +4,17 @@ A square Monarch map with b blocks in each factor has 2/b of the dense map's
 multiply-adds, so its bound is the best dense time of the same run times 2/b. The dense
 weight is the Monarch map written out: every side computes the same numbers, which is
 checked before anything is timed. The feature-major product takes and gives its arrays
-with the tokens last; its time is that between such arrays.
+with the tokens last; its time is that between such arrays. Where torch is installed
+(extra ``benchmarks``) and JAX runs on the CPU, the authors' product takes part as a
+peer, on one thread; it has no compiler to ask for counts.
 """
 
 import dataclasses
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -34,9 +39,10 @@ DENSE = "dense"
 OURS = "monarch_matmul"
 FEATURES = "monarch_matmul_features"
 EINSUM = "two einsums"
+AUTHORS = "authors' torch"
 FORWARD = "forward"
 BOTH = "forward + backward"
-SIDES = (DENSE, OURS, FEATURES, EINSUM)
+SIDES = (DENSE, OURS, FEATURES, EINSUM, AUTHORS)
 # Multiples of the bound to aim at, 256 tokens in float32: OURS and FEATURES, each
 # forward and forward + backward.
 AIMS = {
@@ -102,6 +108,13 @@ def compared(
     return products, (x, dy)
 
 
+def authors() -> ModuleType | None:
+    """Imports the authors' product in torch; ``None`` where there is no such peer."""
+    if jax.default_backend() != "cpu" or importlib.util.find_spec("torch") is None:
+        return None
+    return importlib.import_module("benchmarks.peers.torch_monarch")
+
+
 def forward_only(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
     """Returns ``(x, dy, *weights) -> (y,)``."""
     return lambda x, dy, *weights: (apply(x, *weights),)
@@ -127,7 +140,7 @@ def disagreement(results: dict[str, tuple[jax.Array, ...]]) -> float:
       ValueError: if they do not compute the same thing.
     """
     expected, gaps = results[DENSE], []
-    ours = [name for name in (OURS, FEATURES) if name in results]
+    ours = [name for name in (OURS, FEATURES, AUTHORS) if name in results]
     pairs = [(results[name][:2], expected[:2]) for name in (*ours, EINSUM)]
     pairs += [(results[name][2:], results[EINSUM][2:]) for name in ours]
     for found, right in pairs:
@@ -170,6 +183,7 @@ def _one_size(
     arguments = {name: (x, dy, *weights) for name, (_, weights) in products.items()}
     columns = jnp.array(x.T), jnp.array(dy.T)
     arguments[FEATURES] = (*columns, *products[FEATURES][1])
+    factors, peer = products[OURS][1], authors()
     modes = {FORWARD: forward_only, BOTH: with_gradients}
     for mode, transform in modes.items():
         # Compiled ahead, so that the compiler's time and estimates can be read.
@@ -181,10 +195,14 @@ def _one_size(
             seconds[name] = time.perf_counter() - start
         results = {name: f(*arguments[name]) for name, f in compiled.items()}
         results[FEATURES] = as_tokens(results[FEATURES])
-        worst = disagreement(results)
         calls = {
             name: lambda f=f, a=arguments[name]: f(*a) for name, f in compiled.items()
         }
+        if peer:
+            make = peer.forward_only if mode == FORWARD else peer.with_gradients
+            calls[AUTHORS] = make(x, dy, *factors)
+            results[AUTHORS] = peer.as_jax(calls[AUTHORS]())
+        worst = disagreement(results)
         timings = timing.measure(
             calls,
             baseline=DENSE,
@@ -196,13 +214,13 @@ def _one_size(
             "case": {"n": n, "nblocks": nblocks, "mode": mode},
             "data": {
                 "name": f"normal n={n} nblocks={nblocks} tokens={options.tokens}",
-                "digest": digest(x, dy, *products[OURS][1]),
+                "digest": digest(x, dy, *factors),
             },
             "dtype": str(x.dtype),
             "shapes": {
                 "x": list(x.shape),
-                "w1": list(products[OURS][1][0].shape),
-                "w2": list(products[OURS][1][1].shape),
+                "w1": list(factors[0].shape),
+                "w2": list(factors[1].shape),
             },
             "seed": options.seed,
             "samples": timings.samples,
@@ -210,6 +228,7 @@ def _one_size(
             "compile_seconds": seconds,
             "compiler": {name: cost(f) for name, f in compiled.items()},
             "disagreement": worst,
+            "peers": {AUTHORS: f"torch {peer.VERSION}"} if peer else {},
         }
 
 
@@ -239,7 +258,8 @@ def tables(records: list[Record]) -> list[Table]:
             middle = timing.quartiles(samples[name]).median
             faster = timing.ratio(samples, DENSE, name)
             plain = timing.ratio(samples, EINSUM, name)
-            compiler = record["compiler"][name]
+            compiler = record["compiler"].get(name, {})
+            compile_seconds = record["compile_seconds"].get(name)
             rows.append(
                 (
                     _label(record),
@@ -251,9 +271,9 @@ def tables(records: list[Record]) -> list[Table]:
                     "1" if name == DENSE else str(faster),
                     "1" if name == EINSUM else str(plain),
                     str(same) if name == DENSE else "",
-                    f"{record['compile_seconds'][name]:.2f}",
-                    _mega(compiler["flops"]),
-                    _mega(compiler["temporary_bytes"]),
+                    "-" if compile_seconds is None else f"{compile_seconds:.2f}",
+                    _mega(compiler.get("flops")),
+                    _mega(compiler.get("temporary_bytes")),
                 )
             )
     header = (
@@ -280,6 +300,8 @@ def tables(records: list[Record]) -> list[Table]:
         f"of the products: {max(r['disagreement'] for r in records):.0e} of the "
         "largest entry."
     )
+    for name, version in first.get("peers", {}).items():
+        note += f" {name}: their product restated in {version}, on one thread."
     return [Table("Monarch product", header, rows, note), _multiples(records)]
 
 
@@ -345,4 +367,8 @@ def draw(records: list[Record]) -> Figure:
         }
         for record in records
     }
-    return dots(rows, xlabel="time / FLOP bound (dot: minimum, line: quartiles)")
+    figure = dots(rows, xlabel="time / FLOP bound (dot: minimum, line: quartiles)")
+    series = len(next(iter(rows.values())))
+    if series > 4:  # one line of names, and room for a dot each
+        figure.set_size_inches(9, 1.2 + 0.12 * series * len(rows))
+    return figure
