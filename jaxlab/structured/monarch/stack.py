@@ -56,6 +56,12 @@ class FoldedLayer(NamedTuple):
       w1: the factor next to the input, (k, l, c, p).
       w2: the factor next to the output, (l, s, k, c).
       bias: in block-major order, (l, s), or None.
+
+    Examples:
+      >>> factors = jnp.ones((2, 2, 3)), jnp.ones((2, 1, 2))
+      >>> (layer,) = fold_monarch_stack([factors])
+      >>> layer.w1.shape, layer.w2.shape, layer.bias
+      ((2, 2, 1, 3), (2, 1, 2, 1), None)
     """
 
     w1: Inexact[Array, "k l c p"]
