@@ -40,12 +40,15 @@ def dots(rows: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> F
       xlabel: what the values are.
     """
     series = list(next(iter(rows.values())))
+    gap = min(0.18, 0.8 / len(series))
+    # Names that do not fit into one line stand in three columns.
+    columns = len(series) if sum(map(len, series)) < 75 else 3
     with rc_context(STYLE):
         figure = Figure(figsize=(7.5, 1.2 + 0.5 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for height, values in enumerate(rows.values()):
             for index, name in enumerate(series):
-                y = height + 0.18 * (index - (len(series) - 1) / 2)
+                y = height + gap * (index - (len(series) - 1) / 2)
                 spread = timing.quartiles(values[name])
                 colour = COLOURS[index]
                 axes.plot([spread.lower, spread.upper], [y, y], color=colour, lw=1.5)
@@ -63,7 +66,7 @@ def dots(rows: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> F
         axes.tick_params(axis="y", length=0)
         for index, name in enumerate(series):
             axes.plot([], [], "o", color=COLOURS[index], ms=6, label=name)
-        figure.legend(loc="outside upper left", ncols=len(series), frameon=False)
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
 
