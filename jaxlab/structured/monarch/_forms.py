@@ -1,11 +1,12 @@
 """The orders of operations in which a Monarch product is computed.
 
 All compute the same numbers from operations that jax differentiates, transposes and
-batches itself; nothing here has a derivative of its own. What differs is which arrays
-are laid out anew, and that decides the time on a CPU, where XLA's batched product
-wants its batch axis first and packed and the tokens of the forward product become the
-shuffled operands of the backward ones. With B tokens, x is (B, k, p), the middle is
-(B, k, q) = (B, r, l) and the output (B, s, l); an array is named below by its axes.
+batches itself; the one derivative written here says how a cotangent is laid out, not
+what it is. The forms differ in which arrays are laid out anew, and that decides the
+time on a CPU, where XLA's batched product wants its batch axis first and packed and the
+tokens of the forward product become the shuffled operands of the backward ones. With B
+tokens, x is (B, k, p), the middle is (B, k, q) = (B, r, l) and the output (B, s, l); an
+array is named below by its axes.
 
 - plain: two einsums over the last axes, for compilers that choose layouts themselves.
 - rows: kBp -> kBq -> lBr -> lBs, tokens as the rows of both products. Best for small
@@ -20,6 +21,7 @@ out anew once each.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
@@ -98,13 +100,26 @@ def _product(
     return y.astype(a.dtype)
 
 
+@jax.custom_jvp
 def _interleave(y: Inexact[Array, "l tokens s"]) -> Inexact[Array, "tokens s l"]:
-    """Interleaves the output, by pieces of the tokens where it is large.
+    """Interleaves the output; its cotangent comes back by pieces of the tokens.
 
-    XLA's loops write in order, so the same pass over the cotangent, (B, s, l) to
-    (l, B, s), reads a cache line anew for every entry of it; a piece that stays in the
-    cache makes that cheap. Autodiff turns split into concatenate and back, so the
-    cotangent is cut as the output is.
+    XLA's loops write in order, so that the pass over the cotangent, (B, s, l) to
+    (l, B, s), reads a cache line anew for every entry of it. The pass over the output
+    does not suffer, and is slower by pieces on some CPUs.
+    """
+    return y.transpose(1, 2, 0)
+
+
+@_interleave.defjvp
+def _(primals, tangents):
+    return _interleave(*primals), _interleave_pieces(*tangents)
+
+
+def _interleave_pieces(y: Inexact[Array, "l tokens s"]) -> Inexact[Array, "tokens s l"]:
+    """Interleaves by pieces that stay in the cache.
+
+    Autodiff turns split into concatenate and back, so the cotangent is cut as well.
     """
     l, tokens, s = y.shape
     row = max(1, l * s * y.dtype.itemsize)
