@@ -22,7 +22,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 # Scripts that tests start in processes of their own.
-collect_ignore_glob = ["tests/training/workers/*"]
+collect_ignore_glob = ["tests/*/workers/*"]
 
 
 @pytest.fixture(autouse=True)

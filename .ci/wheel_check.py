@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxlab
-from jaxlab import catalog, likelihoods, structured
+from jaxlab import catalog, curvature, likelihoods, structured
 
 package = pathlib.Path(jaxlab.__file__).parent
 assert "site-packages" in package.parts, "this is the source tree, not the wheel"
@@ -24,6 +24,9 @@ again = structured.monarch_project(dense, nblocks_in=4, nblocks_out=4)
 assert structured.monarch_to_dense(*again).shape == dense.shape
 nll = likelihoods.Categorical().nll(jnp.zeros((2, 3)), jnp.array([0, 1]))
 assert jnp.allclose(nll, jnp.log(3.0))
+operator = curvature.hessian_operator(lambda w: jnp.sum(w**3), jnp.array([1.0, 2.0]))
+values, *_ = curvature.top_eigenpairs(jax.random.key(0), operator, x[0, :2], k=1)
+assert jnp.allclose(values, 12.0, rtol=1e-4)
 assert len(catalog.METHODS) == 103
 for room in ("layers", "models", "training"):
     message = ""

@@ -79,6 +79,7 @@ def test_signatures(function):
 # Signatures that read best as they are: these arguments are data, not options.
 BY_POSITION = {
     "densify": "predicate",
+    "hessian_operator": "batches",
     "load": "data_dir",
     "monarchize": "predicate",
     "row_shares": "weights",
