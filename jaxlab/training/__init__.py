@@ -9,6 +9,7 @@ except ImportError as error:
 
 from jaxlab.training.adapters import NnxParts, from_nnx
 from jaxlab.training.checkpoint import Checkpoints, Restored
+from jaxlab.training.curvature import CurvatureMonitor
 from jaxlab.training.feed import epoch_order
 from jaxlab.training.fit import EpochInfo, FitResult, fit
 from jaxlab.training.metrics import accuracy, evaluate
@@ -23,6 +24,7 @@ from jaxlab.training.switching import (
 
 __all__ = [
     "Checkpoints",
+    "CurvatureMonitor",
     "EpochInfo",
     "FitResult",
     "LossScale",
