@@ -31,7 +31,17 @@ class _Wrapped:
 
 
 def as_pytree(operator: Operator) -> Operator:
-    """Wraps a plain function, which jit would take for a leaf that is no array."""
+    """Wraps a plain function, which jit would take for a leaf that is no array.
+
+    Raises:
+      ValueError: if the operator is no callable.
+    """
+    if not callable(operator):
+        raise ValueError(
+            "An operator must be a callable v -> A v on trees like the parameters, got "
+            f"{type(operator).__name__}; for a matrix pass "
+            "jax.tree_util.Partial(jnp.matmul, matrix)."
+        )
     leaves = jax.tree.leaves(operator)
     plain = len(leaves) == 1 and leaves[0] is operator
     return _Wrapped(operator) if plain and not is_host(operator) else operator

@@ -141,3 +141,8 @@ def test_ritz_vectors_that_are_not_there():
         ValueError, match="that of the first pass, with 5 entries, got 4"
     ):
         ritz_vectors(operator, jnp.ones(4), result, indices=(0,))
+
+
+def test_a_matrix_is_no_operator():
+    with pytest.raises(ValueError, match=r"callable v -> A v .* Partial\(jnp.matmul"):
+        lanczos(jnp.asarray(A), jnp.ones(5), order=2)
