@@ -96,7 +96,7 @@ def top_eigenpairs(
     norms of ``A x - theta x`` up to the round-off of a product, below which none is
     reported (half an epsilon of the coarsest dtype in ``like``, times ``|A|``).
 
-    It holds ``basis_size`` vectors, k more for the result and about 6 others, in
+    It holds ``basis_size`` vectors, k more for the result and about 4 others, in
     float32 at least, besides what the operator needs. Matrix products are exact to the
     dtype, unless ``jax_default_matmul_precision`` is set.
 
