@@ -36,6 +36,7 @@ from jaxlab.curvature.pac_bayes import (
     pac_bayes_optimize,
     sample_gaussian_low_rank,
 )
+from jaxlab.curvature.report import Products, SpectrumReport, spectrum_report
 from jaxlab.curvature.sloppiness import (
     Sloppiness,
     correlation_spectrum,
@@ -58,7 +59,9 @@ __all__ = [
     "LanczosResult",
     "PacBayes",
     "PacBayesGrid",
+    "Products",
     "Sloppiness",
+    "SpectrumReport",
     "block_operator",
     "bulk_edges",
     "correlation_spectrum",
@@ -89,6 +92,7 @@ __all__ = [
     "sloppiness",
     "spectral_density",
     "spectral_sum",
+    "spectrum_report",
     "split_outliers",
     "subspace_overlap",
     "subspace_overlap_curve",

@@ -66,15 +66,16 @@ class CurvatureMonitor:
         writes none. At the first call, and whenever steps go back, lines later than the
         step where the run starts are cut.
       picture: of a PNG file, drawn anew with each record and replaced in one step, so
-        that a viewer may reload it; ``None`` draws none. It takes some 0.3 s.
+        that a viewer may reload it; ``None`` draws none. It takes tenths of a second.
       k: eigenpairs. With one, an eigenvalue that overtakes the tracked one is seen
         late, see :func:`top_eigenpairs`.
       which: "largest", or "both" for the ends of the spectrum in turn.
       num_matvecs: products for the trace.
-      tol: of the eigenpairs, as in :func:`top_eigenpairs`.
+      tol: of the eigenpairs, as in :func:`top_eigenpairs`; values are right to about
+        its square.
       max_products: for the eigenpairs; ``None`` allows 100 k.
-      refresh: every so manieth record starts without earlier vectors, so that nothing
-        is overlooked for long; ``None`` always starts with them.
+      refresh: the first of every so many records starts without earlier vectors, so
+        that nothing is overlooked for long; ``None`` always starts with them.
       microbatch: rows that are differentiated at once.
       memory_limit: bytes of the basis, as in :func:`top_eigenpairs`.
 
@@ -108,7 +109,7 @@ class CurvatureMonitor:
         k: int = 2,
         which: Literal["largest", "both"] = "largest",
         num_matvecs: int = 8,
-        tol: float = 1e-3,
+        tol: float = 1e-2,
         max_products: int | None = None,
         refresh: int | None = 10,
         microbatch: int | None = None,
@@ -194,22 +195,25 @@ class CurvatureMonitor:
         values = [record.get("eigenvalues") or [] for record in self.records]
         for place in range(1, max(map(len, values), default=0)):
             others = [_or_nan(v[place]) if place < len(v) else math.nan for v in values]
-            axes[0].plot(steps, others, color="0.7", linewidth=1)
-        axes[0].plot(steps, column("sharpness"), color="C0", **style)
-        axes[0].set_ylabel("sharpness")
+            label = "others" if place == 1 else None
+            axes[0].plot(steps, others, color="0.7", linewidth=1, label=label)
+        axes[0].plot(steps, column("sharpness"), color="C0", label="largest", **style)
+        axes[0].set_ylabel("eigenvalue of the Hessian")
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}
+        axes[0].legend(ncols=2, **above)
         trace, error = column("trace"), column("trace_standard_error")
         pairs = list(zip(trace, error, strict=True))
         low, high = [t - 2 * e for t, e in pairs], [t + 2 * e for t, e in pairs]
         axes[1].fill_between(steps, low, high, color="C1", alpha=0.25, linewidth=0)
         axes[1].plot(steps, trace, color="C1", **style)
-        axes[1].set_ylabel("trace")
+        axes[1].set_ylabel("trace, 2 standard errors")
         loss, norm = column("loss"), column("grad_norm")
         axes[2].plot(steps, loss, color="C2", label="loss", **style)
         axes[2].plot(steps, norm, color="C3", label="gradient norm", **style)
         known = [y for y in loss + norm if not math.isnan(y)]
         if known and min(known) > 0:
             axes[2].set_yscale("log")
-        axes[2].legend(frameon=False)
+        axes[2].legend(ncols=2, **above)
         axes[2].set_xlabel("step")
         return figure
 
