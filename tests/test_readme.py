@@ -14,13 +14,14 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile("\n".join(blocks), "README.md", "exec"), names)
     assert names["error"] > 0
     assert int(names["result"].state.step) == 5 * 11  # ceil(1297 / 128) steps an epoch
     assert (tmp_path / "out" / "run").exists()
+    assert names["report"].eigenpairs.values[0] > 0
 
 
 def test_relative_links_resolve():
