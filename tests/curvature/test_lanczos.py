@@ -542,3 +542,15 @@ def test_scaling_and_shifting_the_operator(x64):
             other[side], c * values + shift, rtol=1e-9, atol=1e-9 * abs(c)
         )
         np.testing.assert_allclose(masses[side], weights, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["selective", "none"])
+def test_round_off_without_a_basis_is_not_called_asymmetry(mode):
+    # Small betas leave neighbours far from orthogonal; the operator is symmetric.
+    tail = 1e-3 * np.random.default_rng(0).normal(size=197)
+    a = np.diag(np.concatenate([[10.0, 9.0, 8.0], tail])).astype(np.float32)
+    options = {"order": 24, "reorthogonalize": mode}
+    lanczos(multiply(a), normal(200), **options)
+    a[0, 1:] += 1.0
+    with pytest.raises(ValueError, match="symmetric"):
+        lanczos(multiply(a), normal(200), **options)
