@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     MEMORY_LIMIT,
     Driver,
     as_pytree,
-    chosen_driver,
     under_trace,
 )
 from jaxlab.curvature._quadrature import check_count
@@ -91,7 +91,7 @@ def opened(
     check_count(name, num_matvecs=num_matvecs, probes_at_once=probes_at_once)
     operator = as_pytree(operator)
     traced = under_trace(key, operator, like)
-    chosen = chosen_driver(name, operator, space, driver, traced=traced)
+    operator, chosen = driven(name, operator, space, driver, traced=traced)
     return Setting(name, space, probes_at_once), operator, chosen, traced
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     Driver,
     as_pytree,
     check_asymmetry,
     check_memory,
     check_order,
-    chosen_driver,
     exact_products,
     under_trace,
 )
@@ -71,7 +71,7 @@ def gauss_rules(
     check_memory(name, step, space, memory_limit, copies=probes_at_once)
     operator = as_pytree(operator)
     traced = under_trace(key, operator, like)
-    chosen = chosen_driver(name, operator, space, driver, traced=traced)
+    operator, chosen = driven(name, operator, space, driver, traced=traced)
     with jax.named_scope(name), exact_products():
         keys = jax.random.split(key, num_probes)
         if chosen == "compiled":

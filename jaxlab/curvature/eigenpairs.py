@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     MEMORY_LIMIT,
     Driver,
     as_pytree,
     check_asymmetry,
-    chosen_driver,
     exact_products,
     under_trace,
 )
@@ -151,7 +151,7 @@ def top_eigenpairs(
     plan = Plan(k=k, which=which, rows=rows, starts=starts, space=space)
     operator = as_pytree(operator)
     traced = under_trace(key, operator, like, given, tol, max_products)
-    chosen = chosen_driver(_NAME, operator, space, driver, traced=traced)
+    operator, chosen = driven(_NAME, operator, space, driver, traced=traced)
     if given is not None and not traced:
         _check_finite(given)
     budget = _PER_PAIR * k if max_products is None else max_products

@@ -29,8 +29,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxlab.curvature._batches import as_arrays, check_microbatch
+from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._functions import functions_of
-from jaxlab.curvature._options import Driver, as_pytree, chosen_driver, under_trace
+from jaxlab.curvature._options import Driver, as_pytree, under_trace
 from jaxlab.curvature._quadrature import gauss_rules, mean_and_error
 from jaxlab.curvature._slopes import loss_and_norm
 from jaxlab.curvature._thick_restart import Which
@@ -380,7 +381,7 @@ def _steps_of(operator, space, weights, driver, key, params) -> Int[Array, ""]:
     """Counts the products behind Gauss rules."""
     operator = as_pytree(operator)
     traced = under_trace(key, operator, params)
-    chosen = chosen_driver(_NAME, operator, space, driver, traced=traced)
+    operator, chosen = driven(_NAME, operator, space, driver, traced=traced)
     if chosen == "compiled":
         return jnp.asarray(weights.size, jnp.int32)
     # The host stops where an invariant subspace ends; what is padded has no weight.

@@ -89,9 +89,9 @@ def test_z_scores_over_200_seeds(name):
     estimates, errors = jax.jit(jax.vmap(once))(jax.random.split(KEY, 200))
     exact = np.log(eigenvalues + 0.1) if name == "logdet" else np.exp(eigenvalues)
     z = (np.asarray(estimates) - exact.sum()) / np.asarray(errors)
-    # Student's t with 7 degrees of freedom: variance 1.4, one in 10^4 beyond 7.9.
-    assert abs(np.mean(z)) < 4 * 1.2 / 200**0.5
-    assert 0.9 < np.std(z) < 1.6
+    # Student's t with 7 degrees of freedom: variance 1.4. The mean of z is not near 0
+    # where the forms are skewed, as those of exp are: low estimates have low errors.
+    assert 0.9 < np.std(z) < 1.8
     mean = np.mean(np.asarray(estimates, np.float64))
     spread = np.std(estimates, ddof=1) / 200**0.5
     assert abs(mean - exact.sum()) < 4 * spread

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import pathlib
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.curvature import trace as module
 from jaxlab.curvature._leave_one_out import XNYSTRACE, XTRACE
 from jaxlab.curvature._probes import Setting, _run_compiled, mean_of, run
 from jaxlab.curvature._vectors import space_of
 
+# The package gives the function under this name.
+module = importlib.import_module("jaxlab.curvature.trace")
 trace, frobenius_norm = module.trace, module.frobenius_norm
 
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "goldens" / "hessian.npz")
