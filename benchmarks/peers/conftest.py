@@ -2,4 +2,14 @@
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("torch") else ["torch_monarch.py"]
+_NEEDS = {
+    "matfree_lanczos.py": ("matfree", "traceax"),
+    "pyhessian_lanczos.py": ("torch", "pyhessian"),
+    "torch_monarch.py": ("torch",),
+}
+
+collect_ignore = [
+    file
+    for file, packages in _NEEDS.items()
+    if not all(map(importlib.util.find_spec, packages))
+]

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax
-import traceax
-from matfree import decomp, eig
+import traceax  # pyrefly: ignore[missing-import]
+from matfree import decomp, eig  # pyrefly: ignore[missing-import]
 
 from benchmarks.curvature_sides import on_flat
 
