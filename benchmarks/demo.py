@@ -8,7 +8,8 @@ Five rows over the same seeds, data, epochs and optimizer:
 - the trained dense MLP-M projected onto Monarch, as it comes out;
 - the same after a few epochs of fine-tuning.
 
-All use the same learning rate; nothing here was tuned for one side.
+All use the same learning rate; nothing here was tuned for one side. Of the first two
+the spectrum of the Hessian is measured too.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from benchmarks import members, plots, results, timing
+from benchmarks import demo_spectrum, members, plots, results, timing
 from benchmarks.environment import ROOT
 from benchmarks.results import Record
 from benchmarks.tables import Table
@@ -62,13 +63,14 @@ class Options:
     epochs: int
     fine_tuning_epochs: int
     rounds: int
+    order: int  # of the spectrum
     batch_size: int = 128
     learning_rate: float = 2e-3
 
 
 PRESETS = {
-    "small": Options(seeds=1, epochs=2, fine_tuning_epochs=1, rounds=2),
-    "full": Options(seeds=3, epochs=60, fine_tuning_epochs=5, rounds=20),
+    "small": Options(seeds=1, epochs=2, fine_tuning_epochs=1, rounds=2, order=8),
+    "full": Options(seeds=3, epochs=60, fine_tuning_epochs=5, rounds=20, order=100),
 }
 
 
@@ -133,6 +135,14 @@ class Run:
         nnx.update(self.model, self.params)
         return [epoch["loss"] for epoch in result.epochs]
 
+    def spectrum(self) -> dict[str, Any]:
+        """Measures the spectrum of the Hessian on the training rows."""
+        rows = load("digits").splits["train"]
+        order = self.options.order
+        return demo_spectrum.measure(
+            self.objective, self.params, self.rest, rows, order=order
+        )
+
 
 def step_times(runs: dict[str, Run], options: Options) -> timing.Timings:
     """Times the training step of every model, in alternation."""
@@ -162,7 +172,8 @@ def run(options: Options, show: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     losses: dict[str, list[list[float]]] = {name: [] for name in names}
     accuracies: dict[str, list[float]] = {name: [] for name in names}
     runs: dict[str, Run] = {}
-    with show(options.seeds * (len(builders) + 1) + 1, "demo") as tick:
+    spectra: dict[str, dict[str, Any]] = {}
+    with show(options.seeds * (len(builders) + 1) + 3, "demo") as tick:
         for seed in range(options.seeds):
             for name, build in builders.items():
                 model = build(rngs=nnx.Rngs(seed))
@@ -180,6 +191,9 @@ def run(options: Options, show: Callable[..., Any]) -> Iterator[dict[str, Any]]:
             losses[TUNED].append(runs[TUNED].train())
             accuracies[TUNED].append(runs[TUNED].accuracy())
             tick(f"seed {seed}, projected: accuracy {accuracies[TUNED][-1]:.3f}")
+        for name in (DENSE, MONARCH):
+            spectra[name] = {"spectrum": runs[name].spectrum()}
+            tick(f"spectrum, {name}")
         timings = step_times(runs, options)
         tick("time of a step")
     for name in names:
@@ -202,6 +216,7 @@ def run(options: Options, show: Callable[..., Any]) -> Iterator[dict[str, Any]]:
                 "step_seconds": own,
                 "step_seconds" + timing.AGAIN: seconds.get(DENSE + timing.AGAIN, []),
             },
+            **spectra.get(name, {}),
         }
 
 
@@ -214,7 +229,7 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
 
 
 def tables(records: list[Record]) -> list[Table]:
-    """Writes the table of the demo."""
+    """Writes the table of the demo, and that of the spectra if there are any."""
     rows = []
     for record in records:
         seconds = record["samples"]["step_seconds"]
@@ -247,17 +262,20 @@ def tables(records: list[Record]) -> list[Table]:
         f"{first['shapes']['test'][0]} test rows. FLOPs: 2 per weight, forward. Step: "
         f"median on {len(first['device']['cores'])} cores, dense against itself {same}."
     )
-    return [Table("", header, rows, note)]
+    return [Table("", header, rows, note), *demo_spectrum.tables(records)]
 
 
 def draw(records: list[Record]) -> Figure:
-    """Draws loss curves, and accuracy against parameters."""
+    """Draws loss curves, accuracy against parameters, and spectra if there are any."""
     found = {record["case"]["model"]: record for record in records}
+    panels = 3 if demo_spectrum.spectra_of(records) else 2
     with rc_context(plots.STYLE):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw_losses(left, found)
-        _draw_accuracies(right, found)
+        figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+        axes = figure.subplots(1, panels)
+        _draw_losses(axes[0], found)
+        _draw_accuracies(axes[1], found)
+        if panels == 3:
+            demo_spectrum.draw(axes[2], records, COLOURS)
     return figure
 
 
@@ -354,16 +372,17 @@ def main(
     records = members.run(
         this, kind=KIND, name=NAME, preset=preset, arguments=arguments
     )
-    (table,) = tables(records)
+    table, *others = tables(records)
+    shown = "\n\n".join(map(str, (table, *others)))
     named = [dict(zip(table.header, row, strict=True)) for row in table.rows]
     content = {"rows": named, "note": table.note, "records": records}
     results.write_atomically(
         directory / "table.json", json.dumps(content, indent=1).encode()
     )
-    results.write_atomically(directory / "table.md", f"{table}\n".encode())
+    results.write_atomically(directory / "table.md", f"{shown}\n".encode())
     picture = directory / "demo.png"
     plots.save(draw(records), picture)
-    print(f"{table}\n\nTable and picture: {directory}")
+    print(f"{shown}\n\nTables and picture: {directory}")
     if record:
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(picture, PICTURE)

@@ -149,6 +149,9 @@ def test_demo_writes_table_and_picture(demo_folder):
     assert count["dense"] == 85_002
     assert 0.97 * count["Monarch"] <= count["narrower dense"] <= count["Monarch"]
     assert (demo_folder / "demo.png").read_bytes().startswith(PNG)
+    spectra = {r["case"]["model"] for r in content["records"] if "spectrum" in r}
+    assert spectra == {"dense", "Monarch"}
+    assert "top eigenvalue" in (demo_folder / "table.md").read_text()
 
 
 def test_demo_keeps_full_runs_only(capsys):
@@ -191,6 +194,7 @@ def test_figures_show_the_demo_where_it_was_kept(demo_folder, tmp_path):
     text = readme.figures(tmp_path)
     assert "The demo's table" not in text
     assert all(row["test accuracy %"] in text for row in content["rows"])
+    assert "top eigenvalue" in text
 
 
 def test_list_names_every_member(capsys):
