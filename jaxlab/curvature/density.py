@@ -16,6 +16,7 @@ Pervade Deep Learning Spectra", JMLR 2020 (the logarithmic scale).
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -199,8 +200,8 @@ def plot_density(
     ax: Any = None,
     label: str | None = None,
     color: Any = None,
-    outliers: ArrayLike | None = None,
-    decades: float = 8.0,
+    outliers: ArrayLike | Sequence[float] | None = None,
+    decades: float | int = 8,
 ) -> Any:
     """Draws a density on a logarithmic axis, with its error band and outliers.
 

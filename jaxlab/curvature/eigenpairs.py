@@ -100,6 +100,10 @@ def top_eigenpairs(
     float32 at least, besides what the operator needs. Matrix products are exact to the
     dtype, unless ``jax_default_matmul_precision`` is set.
 
+    Each value is that near to an eigenvalue, yet among the last ones of the k an
+    eigenvalue may be left out whose vector the random start hardly holds. Ask for a few
+    pairs more than you need where that matters.
+
     Where an invariant subspace ends the recurrence, it goes on with a random vector
     orthogonal to it, so that multiple eigenvalues come with their multiplicity. Without
     such an end a copy comes in through round-off only, some ten products after the
