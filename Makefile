@@ -52,11 +52,11 @@ test: test-typed test-untyped
 # Annotations are checked in the first call. In the second they are not, so that
 # wrong input reaches the messages of our own.
 test-typed: $(SETUP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not untyped and not soak" \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not untyped and not soak" \
 	  --jaxtyping-packages=jaxlab,beartype.beartype $(COV) --cov-report=
 
 test-untyped: $(SETUP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "untyped and not soak" \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "untyped and not soak" \
 	  tests $(COV) --cov-append --cov-report=term:skip-covered
 
 soak: $(SETUP)
@@ -79,10 +79,13 @@ wheel: $(SETUP)
 bench: $(BENCH)
 	$(BIN)/python -m benchmarks speed monarch --preset full
 	$(BIN)/python -m benchmarks speed fit_loop --preset full
+	$(BIN)/python -m benchmarks speed curvature --preset full
 	$(BIN)/python -m benchmarks claim monarch --preset full
 	$(BIN)/python -m benchmarks claim monarch_language_model --preset full
 	$(BIN)/python -m benchmarks claim monarch_to_dense --preset full
 	$(BIN)/python -m benchmarks claim dense_to_monarch --preset full
+	$(BIN)/python -m benchmarks claim hessian_spectra --preset full
+	$(BIN)/python -m benchmarks claim sloppy_spectra --preset full
 	$(BIN)/python -m benchmarks report
 
 # Compiles for one TPU and one GPU that need not be here; nothing is run on them. A GPU

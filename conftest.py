@@ -34,6 +34,21 @@ def _doctest_names(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs():
+    """Forgets compiled programs when there are many, between two files.
+
+    Each holds about ten memory maps, of which Linux allows a process 65,530; XLA does
+    not survive the next one.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 15_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 inside one test; users run float32, so never for the whole run."""
