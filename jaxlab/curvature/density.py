@@ -101,7 +101,7 @@ def spectral_density(
         the nodes / order.
       grid: points, shape (g,); ``None`` takes ``num_points`` equidistant ones that
         reach 5 sigma beyond the nodes.
-      scale: "linear", or "log" for the density of log10 |lambda|.
+      scale: "linear", or "log" for the density of ``log10 |lambda|``.
       num_points: of the default grid.
       floor: with "log", smaller absolute values count as this one; ``None`` takes
         10 epsilon times the largest, below which they are round-off.
