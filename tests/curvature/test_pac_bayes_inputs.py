@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxlab.curvature.pac_bayes import (
@@ -47,11 +47,13 @@ def test_shapes_that_do_not_broadcast():
     assert inverse_kl([0, 1], 1).tolist() == [pytest.approx(1 - np.exp(-1)), 1]
 
 
+# XLA takes subnormal numbers for zero.
 @settings(max_examples=50, deadline=None)
 @given(
-    error=st.floats(0, 1, width=32),
-    bound=st.floats(0, 1e3, width=32),
+    error=st.floats(0, 1, width=32, allow_subnormal=False),
+    bound=st.floats(0, 1e3, width=32, allow_subnormal=False),
 )
+@example(error=float(np.finfo(np.float32).tiny), bound=0.0)
 def test_any_numbers(error, bound):
     found = float(inverse_kl(np.float32(error), np.float32(bound)))
     assert error <= found <= 1
