@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab.curvature._batches import row_keys
 from jaxlab.curvature._vectors import Space, space_of
 from jaxlab.likelihoods import Likelihood, row_shares
 from jaxlab.objective import Batch, unpack_batch
@@ -64,7 +65,8 @@ def gram_fisher(
       k: the number of pairs, at most p and m.
       kind: "true" (the GGN for these likelihoods), "sampled" (one target an example
         drawn with ``key``: unbiased) or "empirical" (the given targets).
-      key: for "sampled" only.
+      key: for "sampled" only; the same key draws the same targets as for
+        :func:`fisher_operator`.
       memory_limit: in bytes, both for the gradients held at a time and for the Gram
         matrix. The k vectors come on top, about four times over.
 
@@ -126,7 +128,7 @@ def gram_fisher(
         )
     part = _examples_at_a_time(name, n, rows, space, memory_limit)
     shares = row_shares(outputs.shape[:-1], weights, dtype=space.dtype)
-    keys = None if key is None else jax.random.split(key, n)
+    keys = None if key is None else row_keys(key, 0, count=n)
     data = (inputs, targets if kind == "empirical" else None, shares, keys)
     with jax.named_scope(name), jax.default_matmul_precision("highest"):
         values, flat = _gram_pairs(

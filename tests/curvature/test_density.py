@@ -1,6 +1,7 @@
 """Densities against exact spectra, golden arrays and their own moments."""
 
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,13 @@ from jaxlab.curvature.density import (
 )
 from jaxlab.curvature.lanczos import lanczos, ritz
 
+M_ = runpy.run_path(str(pathlib.Path(__file__).parent / "matrices.py"))
+multiply = M_["multiply"]
+symmetric = M_["symmetric"]
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "goldens" / "hessian.npz")
 Partial = jax.tree_util.Partial
 KEY = jax.random.key(0)
 EIGENVALUES = np.r_[-np.geomspace(1e-3, 0.3, 30), np.geomspace(1e-3, 1, 67), 4, 6, 9]
-
-
-def symmetric(eigenvalues, *, seed=0, dtype=jnp.float32):
-    size = (len(eigenvalues),) * 2
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(size))
-    matrix = (q * eigenvalues) @ q.T
-    return jnp.asarray((matrix + matrix.T) / 2, dtype)
-
-
-def multiply(matrix):
-    return Partial(jnp.matmul, matrix)
 
 
 def integral(y, x):

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jaxlab.curvature._leave_one_out import XDIAG
 from jaxlab.curvature._probes import Setting, mean_of, run
 from jaxlab.curvature._vectors import space_of
 
+M_ = runpy.run_path(str(pathlib.Path(__file__).parent / "matrices.py"))
+multiply = M_["multiply"]
+symmetric = M_["symmetric"]
 # The package gives the function under this name.
 module = importlib.import_module("jaxlab.curvature.diagonal")
 diagonal = module.diagonal
@@ -25,17 +29,6 @@ METHODS = ("hutchinson", "xdiag")
 DRIVERS = ("compiled", "host")
 DECAYING = np.arange(1, 41.0) ** -2
 SIZE = len(DECAYING)  # one size almost everywhere: programs are compiled once
-
-
-def symmetric(eigenvalues, *, seed=0, dtype=jnp.float32):
-    size = (len(eigenvalues),) * 2
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(size))
-    matrix = (q * eigenvalues) @ q.T
-    return jnp.asarray((matrix + matrix.T) / 2, dtype)
-
-
-def multiply(matrix):
-    return Partial(jnp.matmul, matrix)
 
 
 def setting(p, at_once=1):

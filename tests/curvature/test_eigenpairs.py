@@ -1,7 +1,9 @@
 """Extremal eigenpairs against eigendecompositions; outliers; overlaps."""
 
 import dataclasses
+import functools
 import pathlib
+import runpy
 
 import chex
 import jax
@@ -22,6 +24,9 @@ from jaxlab.curvature.eigenpairs import (
 )
 from jaxlab.curvature.lanczos import lanczos, ritz
 
+M_ = runpy.run_path(str(pathlib.Path(__file__).parent / "matrices.py"))
+multiply = M_["multiply"]
+symmetric = functools.partial(M_["symmetric"], dtype=jnp.float64)
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "goldens" / "hessian.npz")
 DRIVERS = ("compiled", "host")
 Partial = jax.tree_util.Partial
@@ -44,13 +49,6 @@ SPECTRA = {
 }
 
 
-def symmetric(eigenvalues, *, seed=0, dtype=jnp.float64):
-    size = (len(eigenvalues),) * 2
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(size))
-    matrix = (q * eigenvalues) @ q.T
-    return jnp.asarray((matrix + matrix.T) / 2, dtype)
-
-
 def turned(matrix, by, *, seed=0):
     """Rotates a matrix slightly and scales it by as much."""
     size = len(matrix)
@@ -58,10 +56,6 @@ def turned(matrix, by, *, seed=0):
     g = (g - g.T) * by / np.sqrt(8 * size)
     r = np.linalg.solve(np.eye(size) - g, np.eye(size) + g)
     return jnp.asarray((1 + by) * r @ np.asarray(matrix) @ r.T, matrix.dtype)
-
-
-def multiply(matrix):
-    return Partial(jnp.matmul, matrix)
 
 
 def wanted(eigenvalues, k, which):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.curvature import fisher_operator, full_matrix
 from jaxlab.curvature.gram_fisher import gram_fisher
 from jaxlab.likelihoods import Bernoulli, Categorical, Gaussian
 
@@ -122,6 +123,17 @@ def test_sampled_fisher_averages_to_the_true_one(x64):
     assert (gap < 5 * error + 1e-12).all()
     assert np.abs(draws[0] - draws[1]).max() > 1e-3
     assert np.abs(draws.mean(0) - GOLDEN["ce/empirical_fisher"]).max() > 10 * gap.max()
+
+
+@pytest.mark.parametrize("net", ["ce", "mse"])
+def test_a_key_draws_the_targets_of_the_operator(x64, net):
+    params, batch = golden(net)
+    model = (mlp, LIKELIHOODS[net], params, batch)
+    options = {"kind": "sampled", "key": jax.random.key(3)}
+    matrix = full_matrix(fisher_operator(*model, **options), params)
+    values, _ = gram_fisher(*model, k=10, **options)
+    expected = np.linalg.eigvalsh(matrix)[::-1][:10]
+    np.testing.assert_allclose(values, expected, atol=1e-10 * expected[0])
 
 
 def test_sampling_does_not_depend_on_the_parts():

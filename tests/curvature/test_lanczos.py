@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import runpy
 
 import chex
 import jax
@@ -15,6 +16,9 @@ from jaxlab.curvature._recurrence import Forward
 from jaxlab.curvature._vectors import space_of
 from jaxlab.curvature.lanczos import _compiled, lanczos, ritz, ritz_vectors
 
+M_ = runpy.run_path(str(pathlib.Path(__file__).parent / "matrices.py"))
+multiply = M_["multiply"]
+symmetric = M_["symmetric"]
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "goldens" / "hessian.npz")
 DRIVERS = ("compiled", "host")
 Partial = jax.tree_util.Partial
@@ -23,17 +27,6 @@ Partial = jax.tree_util.Partial
 DEFICIENT = np.r_[np.zeros(200), np.geomspace(1e-4, 1, 100), np.geomspace(2, 20, 8)]
 INDEFINITE = np.r_[-np.geomspace(1e-3, 3, 60), np.geomspace(1e-4, 1, 200), 5, 9, 30]
 SPECTRA = {"deficient": DEFICIENT, "indefinite": INDEFINITE}
-
-
-def symmetric(eigenvalues, *, seed=0, dtype=jnp.float32):
-    size = (len(eigenvalues),) * 2
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(size))
-    matrix = (q * eigenvalues) @ q.T
-    return jnp.asarray((matrix + matrix.T) / 2, dtype)
-
-
-def multiply(matrix):
-    return Partial(jnp.matmul, matrix)
 
 
 def normal(size, *, seed=1, dtype=jnp.float32):

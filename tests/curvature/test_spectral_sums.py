@@ -1,6 +1,7 @@
 """Sums over spectra against eigendecompositions and golden arrays."""
 
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,12 @@ import pytest
 from jaxlab.curvature.lanczos import lanczos, ritz
 from jaxlab.curvature.spectral_sums import logdet, spectral_sum
 
+M_ = runpy.run_path(str(pathlib.Path(__file__).parent / "matrices.py"))
+multiply = M_["multiply"]
+symmetric = M_["symmetric"]
 GOLDEN = np.load(pathlib.Path(__file__).parent.parent / "goldens" / "hessian.npz")
 Partial = jax.tree_util.Partial
 KEY = jax.random.key(0)
-
-
-def symmetric(eigenvalues, *, seed=0, dtype=jnp.float32):
-    size = (len(eigenvalues),) * 2
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(size))
-    matrix = (q * eigenvalues) @ q.T
-    return jnp.asarray((matrix + matrix.T) / 2, dtype)
-
-
-def multiply(matrix):
-    return Partial(jnp.matmul, matrix)
 
 
 @pytest.mark.parametrize("case", ["ce", "mse"])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jaxlab.curvature._leave_one_out import XNYSTRACE, XTRACE
 from jaxlab.curvature._probes import Setting, _run_compiled, mean_of, run
 from jaxlab.curvature._vectors import space_of
 
+M_ = runpy.run_path(str(pathlib.Path(__file__).parent / "matrices.py"))
+multiply = M_["multiply"]
+symmetric = M_["symmetric"]
 # The package gives the function under this name.
 module = importlib.import_module("jaxlab.curvature.trace")
 trace, frobenius_norm = module.trace, module.frobenius_norm
@@ -27,17 +31,6 @@ SKETCHES = METHODS[1:]
 DRIVERS = ("compiled", "host")
 DECAYING = np.arange(1, 41.0) ** -2
 SIZE = len(DECAYING)  # one size almost everywhere: programs are compiled once
-
-
-def symmetric(eigenvalues, *, seed=0, dtype=jnp.float32):
-    size = (len(eigenvalues),) * 2
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(size))
-    matrix = (q * eigenvalues) @ q.T
-    return jnp.asarray((matrix + matrix.T) / 2, dtype)
-
-
-def multiply(matrix):
-    return Partial(jnp.matmul, matrix)
 
 
 def probes(k, p, seed=1):

@@ -1,11 +1,7 @@
 """Eight devices, or two processes of four, train what one device trains."""
 
-import os
 import pathlib
 import runpy
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,6 +13,7 @@ from jaxlab.training import Checkpoints, evaluate, fit
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORKERS = ROOT / "tests" / "training" / "workers"
+PROCESSES = runpy.run_path(str(ROOT / "tests" / "processes.py"))
 PROBLEM = runpy.run_path(str(WORKERS / "problem.py"))
 BATCH = PROBLEM["BATCH"]
 
@@ -101,30 +98,7 @@ def test_a_function_feeds_a_mesh(one_device, mesh):
 
 
 def test_two_processes_equal_one_device(one_device, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    command = [sys.executable, "-W", "error", WORKERS / "distributed.py", tmp_path]
-    processes = [
-        subprocess.Popen(
-            [*command, str(port), "2", str(index)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    PROCESSES["run_two"](WORKERS / "distributed.py", tmp_path)
     with np.load(tmp_path / "final.npz") as found:
         for name, value in one_device.state.params.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=3e-6)
