@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxlab
-from jaxlab import catalog, curvature, likelihoods, structured
+from jaxlab import catalog, curvature, likelihoods, sharpness, structured
 
 package = pathlib.Path(jaxlab.__file__).parent
 assert "site-packages" in package.parts, "this is the source tree, not the wheel"
@@ -27,6 +27,8 @@ assert jnp.allclose(nll, jnp.log(3.0))
 operator = curvature.hessian_operator(lambda w: jnp.sum(w**3), jnp.array([1.0, 2.0]))
 values, *_ = curvature.top_eigenpairs(jax.random.key(0), operator, x[0, :2], k=1)
 assert jnp.allclose(values, 12.0, rtol=1e-4)
+mixed = sharpness.gnp_gradient(lambda w: w, jnp.array([3.0, 4.0]), alpha=0.5, radius=10)
+assert jnp.allclose(mixed, jnp.array([6.0, 8.0]))
 assert len(catalog.METHODS) == 103
 for room in ("layers", "models", "training"):
     message = ""
