@@ -8,6 +8,11 @@ earlier ones (SAF, MESA), post-training of a feature extractor (PoF), and lines,
 and simplexes of networks.
 """
 
+from jaxlab.sharpness.accumulation import (
+    full_batch_value_and_grad,
+    m_sharpness_value_and_grad,
+    micro_batch_value_and_grad,
+)
 from jaxlab.sharpness.batch_stats import recompute_batch_stats
 from jaxlab.sharpness.gradient_norm_penalty import (
     GradientNormPenaltyState,
@@ -67,6 +72,7 @@ __all__ = [
     "bezier_coefficients",
     "bezier_point",
     "cosine_squared",
+    "full_batch_value_and_grad",
     "gnp_gradient",
     "gnp_gradient_exact",
     "gnp_value_and_grad",
@@ -80,7 +86,9 @@ __all__ = [
     "line_coefficients",
     "line_point",
     "look_sam",
+    "m_sharpness_value_and_grad",
     "mesa_loss",
+    "micro_batch_value_and_grad",
     "midpoint",
     "periodic",
     "perturb",

@@ -17,6 +17,10 @@ def test_the_page_on_flat_minima_runs_and_keeps_the_first_pass():
     exec(compile(code, "sharpness.md", "exec"), names)
     after = names["loss_fn"](names["params"], names["x"], names["y"])
     assert after < 0.5 * names["before"]
+    whole = names["value_and_grad"](names["params"], names["x"], names["y"])
+    chex.assert_trees_all_close(
+        (names["value"], names["grads_of_parts"]), whole, rtol=1e-4, atol=1e-6
+    )
     # BatchNorm and dropout: value and statistics of one pass at the parameters, and a
     # second pass with the same key.
     rest = names["stats"], jax.random.key(1), names["x"], names["y"]

@@ -1,0 +1,247 @@
+"""The penalised gradient over micro-batches: three quantities, three names.
+
+With k parts of a batch, g_i the gradient of part i and g their mean,
+
+    full batch      w' = w + r g / ||g||,        mix g with mean_i grad L_i(w')
+    micro-batches   w_i' = w + r g_i / ||g_i||,  mean_i of g_i mixed with grad L_i(w_i')
+    m-sharpness     the second, over groups of m examples
+
+The first equals the whole batch in one pass and needs the memory of one part; it is
+what "gradient accumulation" should mean. The second is what one gets from a link in
+front of ``optax.MultiSteps``, and on several devices without synchronisation. The two
+differ: the smaller the group, the stronger the penalty. ``optax.MultiSteps`` around
+the link would perturb with g and take grad L_k(w') on the last part alone, which is
+none of them; the links refuse it.
+References: Foret et al., ICLR 2021 (m-sharpness); Zhao, Zhang and Hu, ICML 2022.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
+
+from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
+from jaxlab.sharpness.perturbation import check_numbers
+
+_OPTIONS = ("adaptive", "eps", "mask", "normalize_reference", "point_dtype")
+
+
+def full_batch_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    num_micro_batches: int,
+    alpha: ArrayLike,
+    radius: ArrayLike,
+    **options: Any,
+) -> Callable[..., Any]:
+    """Makes the penalised gradient of a whole batch in the memory of a part.
+
+    Both gradients are accumulated over the parts, one after the other: 2k passes, equal
+    to ``gnp_value_and_grad`` on the whole batch but for round-off.
+
+    Args:
+      loss_fn: ``(params, batch) -> scalar``, a mean over rows (equal row weights).
+      num_micro_batches: k; cuts the rows of ``batch``, in order, into equal parts.
+      alpha: share of the gradient at the perturbed point; 1 is SAM.
+      radius: length of the perturbation, >= 0.
+      **options: of :func:`gnp_gradient`: ``adaptive``, ``mask``, ``eps``,
+        ``normalize_reference``, ``point_dtype``.
+
+    Returns:
+      A function ``(params, batch) -> (value, grads)``; ``batch`` is a tree whose leaves
+      share their leading axis, the rows. Value at ``params``.
+
+    Raises:
+      ValueError: if a number is out of range or does not divide the rows.
+
+    Examples:
+      >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
+      >>> f = full_batch_value_and_grad(
+      ...     loss_fn, num_micro_batches=2, alpha=1.0, radius=5.0
+      ... )
+      >>> f(jnp.array([3.0, 4.0]), jnp.eye(2))
+      (Array(12.5, dtype=float32), Array([6., 8.], dtype=float32))
+    """
+    name = "full_batch_value_and_grad"
+    check_numbers(name, alpha=alpha, radius=radius)
+    _check_count(name, "num_micro_batches", num_micro_batches)
+    _check_options(name, options)
+
+    def value_and_grad(params, batch):
+        parts = _cut(name, batch, num_micro_batches, "num_micro_batches")
+        both = _mean_over(lambda at, part: jax.value_and_grad(loss_fn)(at, part), parts)
+        value, grads = both(params)
+        mixed = gnp_gradient(
+            _mean_over(jax.grad(loss_fn), parts),
+            params,
+            alpha=alpha,
+            radius=radius,
+            grads=grads,
+            **options,
+        )
+        return value, mixed
+
+    return value_and_grad
+
+
+def micro_batch_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    num_micro_batches: int,
+    alpha: ArrayLike,
+    radius: ArrayLike,
+    **options: Any,
+) -> Callable[..., Any]:
+    """Makes the mean of the penalised gradients of the parts of a batch.
+
+    Each part is perturbed along its own gradient, one after the other. Another quantity
+    than :func:`full_batch_value_and_grad`, and that of a link in front of
+    ``optax.MultiSteps``.
+
+    Args:
+      loss_fn: ``(params, batch) -> scalar``, a mean over rows.
+      num_micro_batches: k; cuts the rows of ``batch``, in order, into equal parts.
+      alpha: share of the gradient at the perturbed point; 1 is SAM.
+      radius: length of each perturbation, >= 0.
+      **options: as in :func:`full_batch_value_and_grad`.
+
+    Returns:
+      A function ``(params, batch) -> (value, grads)``.
+
+    Raises:
+      ValueError: if a number is out of range or does not divide the rows.
+
+    Examples:
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean((w - x) ** 2)
+      >>> f = micro_batch_value_and_grad(
+      ...     loss_fn, num_micro_batches=2, alpha=1.0, radius=1.0
+      ... )
+      >>> f(jnp.array(0.0), jnp.array([1.0, 3.0]))  # each part moves by 1
+      (Array(2.5, dtype=float32), Array(-3., dtype=float32))
+    """
+    name = "micro_batch_value_and_grad"
+    _check_count(name, "num_micro_batches", num_micro_batches)
+    _check_options(name, options)
+    one = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
+
+    def value_and_grad(params, batch):
+        parts = _cut(name, batch, num_micro_batches, "num_micro_batches")
+        return _mean_over(one, parts)(params)
+
+    return value_and_grad
+
+
+def m_sharpness_value_and_grad(
+    loss_fn: Callable[..., Any],
+    *,
+    group_size: int,
+    alpha: ArrayLike,
+    radius: ArrayLike,
+    how: Literal["vmap", "scan"] = "vmap",
+    **options: Any,
+) -> Callable[..., Any]:
+    """Makes the mean of the penalised gradients of groups of m examples.
+
+    Args:
+      loss_fn: ``(params, batch) -> scalar``, a mean over rows.
+      group_size: m, examples a group; consecutive rows.
+      alpha: share of the gradient at the perturbed point; 1 is SAM.
+      radius: length of each perturbation, >= 0.
+      how: "vmap" runs all groups together, with a gradient in memory for each; "scan"
+        one after the other.
+      **options: as in :func:`full_batch_value_and_grad`.
+
+    Returns:
+      A function ``(params, batch) -> (value, grads)``.
+
+    Raises:
+      ValueError: if a number is out of range or does not divide the rows, or ``how``
+        is neither.
+
+    Examples:
+      >>> loss_fn = lambda w, x: 0.5 * jnp.mean((w - x) ** 2)
+      >>> f = m_sharpness_value_and_grad(loss_fn, group_size=1, alpha=1.0, radius=1.0)
+      >>> f(jnp.array(0.0), jnp.array([1.0, 3.0]))
+      (Array(2.5, dtype=float32), Array(-3., dtype=float32))
+    """
+    name = "m_sharpness_value_and_grad"
+    _check_count(name, "group_size", group_size)
+    _check_options(name, options)
+    if how not in ("vmap", "scan"):
+        raise ValueError(f'{name}: how must be "vmap" or "scan", got {how!r}.')
+    one = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
+
+    def value_and_grad(params, batch):
+        rows = _rows(name, batch)
+        if rows % group_size:
+            raise ValueError(
+                f"{name}: group_size={group_size} must divide the batch, got {rows} "
+                "rows."
+            )
+        groups = _cut(name, batch, rows // group_size, "the number of groups")
+        if how == "scan":
+            return _mean_over(one, groups)(params)
+        found = jax.vmap(one, in_axes=(None, 0))(params, groups)
+        mean = lambda leaf: jnp.mean(
+            leaf, axis=0, dtype=jnp.promote_types(leaf.dtype, jnp.float32)
+        ).astype(leaf.dtype)
+        return jax.tree.map(mean, found)
+
+    return value_and_grad
+
+
+def _mean_over(function, parts):
+    """Averages ``function(params, part)`` over parts, in float32 at least."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+
+    def mean(params: PyTree) -> PyTree:
+        one = jax.tree.map(lambda leaf: leaf[0], parts)
+        shapes = jax.eval_shape(function, params, one)
+        wide = lambda s: jnp.promote_types(s.dtype, jnp.float32)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s)), shapes)
+
+        def add(total, part):
+            found = function(params, part)
+            return jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, found), None
+
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda t, s: (t / count).astype(s.dtype), total, shapes)
+
+    return mean
+
+
+def _cut(name, batch, count, what):
+    rows = _rows(name, batch)
+    if rows % count:
+        raise ValueError(
+            f"{name}: {what} = {count} must divide the batch, got {rows} rows."
+        )
+    split = lambda a: jnp.reshape(a, (count, rows // count, *jnp.shape(a)[1:]))
+    return jax.tree.map(split, batch)
+
+
+def _rows(name, batch) -> int:
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(
+            f"{name}: the leaves of batch must share a leading axis of at least one "
+            f"row, got leading axes {sorted(sizes)}."
+        )
+    return sizes.pop()[0]
+
+
+def _check_count(name, what, count) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}: {what} must be an integer >= 1, got {count!r}.")
+
+
+def _check_options(name, options) -> None:
+    if unknown := sorted(set(options) - set(_OPTIONS)):
+        raise ValueError(
+            f"{name}: unknown options {unknown}; it takes {list(_OPTIONS)}. Several "
+            "devices: shard the batch under jax.jit, or use gnp_value_and_grad with "
+            "axis_name= inside jax.shard_map."
+        )
