@@ -9,8 +9,7 @@ vector, and H the Hessian,
 (G) replaces H u by its finite difference along u: two gradients, no second-order
 differentiation. On a quadratic loss (G) = (E) for every r; on a smooth one they differ
 by O(lambda r); across the kinks of ReLU the difference does not approach H u. alpha = 1
-is sharpness-aware minimisation (SAM) of radius r, alpha = 0 plain training. Measured
-on small networks only lambda = alpha r mattered.
+is sharpness-aware minimisation (SAM) of radius r, alpha = 0 plain training.
 
 The authors' code of 2024 defaults to (1 - alpha) u + alpha grad L(w + r u), which is
 not (G); it is here under ``normalize_reference``. It divides by ||g|| without a guard;
@@ -271,8 +270,8 @@ def gradient_norm_penalty(
 
     Args:
       alpha: share of the gradient at the perturbed point, or a schedule; 1 is SAM.
-      radius: length of the perturbation, or a schedule. At the scale of small
-        networks, 0.2 to 0.4; the paper's recipes take 0.05 to 0.1.
+      radius: length of the perturbation, or a schedule. The authors' recipes take
+        0.05 to 0.1.
       normalize_reference: see :func:`gnp_gradient`, as for all that follow.
       adaptive: perturbs as ASAM does.
       mask: which parameters are perturbed. Inside ``optax.masked`` the norm is over
