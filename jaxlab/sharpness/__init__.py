@@ -24,6 +24,15 @@ from jaxlab.sharpness.gradient_norm_penalty import (
     sam,
 )
 from jaxlab.sharpness.look_sam import LookSAMState, look_sam
+from jaxlab.sharpness.lora import (
+    LoRAPair,
+    lora_apply,
+    lora_balance,
+    lora_init,
+    lora_merge,
+    project_conflicting,
+    regularised_lora_value_and_grad,
+)
 from jaxlab.sharpness.perturbation import perturb
 from jaxlab.sharpness.pof import (
     HeadSearch,
@@ -64,6 +73,7 @@ from jaxlab.sharpness.subspaces import (
 __all__ = [
     "GradientNormPenaltyState",
     "HeadSearch",
+    "LoRAPair",
     "LookSAMState",
     "PofInfo",
     "SometimesState",
@@ -86,6 +96,10 @@ __all__ = [
     "line_coefficients",
     "line_point",
     "look_sam",
+    "lora_apply",
+    "lora_balance",
+    "lora_init",
+    "lora_merge",
     "m_sharpness_value_and_grad",
     "mesa_loss",
     "micro_batch_value_and_grad",
@@ -94,8 +108,10 @@ __all__ = [
     "perturb",
     "pof_perturb",
     "pof_value_and_grad",
+    "project_conflicting",
     "read_trajectory",
     "recompute_batch_stats",
+    "regularised_lora_value_and_grad",
     "saf_loss",
     "sam",
     "sample_layerwise",
