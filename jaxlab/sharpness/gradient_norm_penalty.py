@@ -213,12 +213,15 @@ def gnp_value_and_grad(
     places = tuple(argnums) if several else (argnums,)
 
     def value_and_grad(*args, **kwargs):
+        # One argument stays as it is, so that a mask is a tree like it.
         params = tuple(args[place] for place in places)
+        params = params if several else params[0]
         check_tree("gnp_value_and_grad", params)
 
         def at(point):
             full = list(args)
-            for place, leaf in zip(places, point, strict=True):
+            each = point if several else (point,)
+            for place, leaf in zip(places, each, strict=True):
                 full[place] = leaf
             return loss_fn(*full, **kwargs)
 
@@ -234,7 +237,7 @@ def gnp_value_and_grad(
             grads=grads,
             **options,
         )
-        return value, grads if several else grads[0]
+        return value, grads
 
     return value_and_grad
 

@@ -336,6 +336,20 @@ def test_several_arguments_are_perturbed_under_one_norm(x64):
     np.testing.assert_allclose(value, loss_fn(0.7, a, b))
 
 
+def test_masks_are_trees_like_the_arguments(x64):
+    params = net.params()
+    mask = {name: name.startswith("W") for name in params}
+    want = gnp_gradient(net.grad_fn, params, alpha=0.8, radius=0.2, mask=mask)
+    both = {"alpha": 0.8, "radius": 0.2}
+    for given in (mask, lambda tree: {name: name.startswith("W") for name in tree}):
+        f = gnp_value_and_grad(net.loss_fn, mask=given, **both)
+        grads = f(params, net.batch())[1]
+        chex.assert_trees_all_close(grads, want, **TIGHT)
+    one_of_two = gnp_value_and_grad(net.loss_fn, mask=(mask,), argnums=(0,), **both)
+    (grads,) = one_of_two(params, net.batch())[1]
+    chex.assert_trees_all_close(grads, want, **TIGHT)
+
+
 # Numbers at the edge.
 
 
