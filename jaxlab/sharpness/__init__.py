@@ -14,6 +14,7 @@ from jaxlab.sharpness.accumulation import (
     micro_batch_value_and_grad,
 )
 from jaxlab.sharpness.batch_stats import recompute_batch_stats
+from jaxlab.sharpness.esam import esam_value_and_grad
 from jaxlab.sharpness.gradient_norm_penalty import (
     GradientNormPenaltyState,
     asam,
@@ -32,6 +33,11 @@ from jaxlab.sharpness.lora import (
     lora_merge,
     project_conflicting,
     regularised_lora_value_and_grad,
+)
+from jaxlab.sharpness.momentum_sam import (
+    MomentumSAM,
+    MomentumSAMState,
+    momentum_sam_value_and_grad,
 )
 from jaxlab.sharpness.perturbation import perturb
 from jaxlab.sharpness.pof import (
@@ -75,6 +81,8 @@ __all__ = [
     "HeadSearch",
     "LoRAPair",
     "LookSAMState",
+    "MomentumSAM",
+    "MomentumSAMState",
     "PofInfo",
     "SometimesState",
     "TrajectoryBuffer",
@@ -82,6 +90,7 @@ __all__ = [
     "bezier_coefficients",
     "bezier_point",
     "cosine_squared",
+    "esam_value_and_grad",
     "full_batch_value_and_grad",
     "gnp_gradient",
     "gnp_gradient_exact",
@@ -104,6 +113,7 @@ __all__ = [
     "mesa_loss",
     "micro_batch_value_and_grad",
     "midpoint",
+    "momentum_sam_value_and_grad",
     "periodic",
     "perturb",
     "pof_perturb",

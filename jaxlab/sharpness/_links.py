@@ -1,9 +1,10 @@
-"""What the links of this room ask of ``update``, and the checks they share."""
+"""What the links of this room ask of ``update``, and checks that several share."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -88,3 +89,14 @@ def like(name: str, found: PyTree, params: PyTree) -> PyTree:
 def at_step(value: optax.ScalarOrSchedule, count: Any) -> jax.typing.ArrayLike:
     """Gives a hyperparameter's value at a step."""
     return value(count) if callable(value) else value
+
+
+def rows_of(name: str, batch: PyTree) -> int:
+    """Counts the rows of a batch, the leading axis that its leaves share."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(
+            f"{name}: the leaves of batch must share a leading axis of at least one "
+            f"row, got leading axes {sorted(sizes)}."
+        )
+    return sizes.pop()[0]

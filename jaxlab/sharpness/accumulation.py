@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from jaxlab.sharpness._links import rows_of
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
 from jaxlab.sharpness.perturbation import check_numbers
 
@@ -175,7 +176,7 @@ def m_sharpness_value_and_grad(
     one = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
 
     def value_and_grad(params, batch):
-        rows = _rows(name, batch)
+        rows = rows_of(name, batch)
         if rows % group_size:
             raise ValueError(
                 f"{name}: group_size={group_size} must divide the batch, got {rows} "
@@ -214,23 +215,13 @@ def _mean_over(function, parts):
 
 
 def _cut(name, batch, count, what):
-    rows = _rows(name, batch)
+    rows = rows_of(name, batch)
     if rows % count:
         raise ValueError(
             f"{name}: {what} = {count} must divide the batch, got {rows} rows."
         )
     split = lambda a: jnp.reshape(a, (count, rows // count, *jnp.shape(a)[1:]))
     return jax.tree.map(split, batch)
-
-
-def _rows(name, batch) -> int:
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(
-            f"{name}: the leaves of batch must share a leading axis of at least one "
-            f"row, got leading axes {sorted(sizes)}."
-        )
-    return sizes.pop()[0]
 
 
 def _check_count(name, what, count) -> None:
