@@ -2,22 +2,20 @@
 
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = runpy.run_path(str(ROOT / "tests" / "pages.py"))
 
 
 def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
-    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile("\n".join(blocks), "README.md", "exec"), names)
+    names, count = PAGES["run"](ROOT / "README.md")
+    assert count == 4
     assert names["error"] > 0
     assert int(names["result"].state.step) == 5 * 11  # ceil(1297 / 128) steps an epoch
     assert (tmp_path / "out" / "run").exists()

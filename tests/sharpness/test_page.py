@@ -1,20 +1,18 @@
 """The page of the documentation on flat minima does what it shows."""
 
 import pathlib
-import re
+import runpy
 
 import chex
 import jax
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
+PAGES = runpy.run_path(str(ROOT / "tests" / "pages.py"))
 
 
 def test_the_page_on_flat_minima_runs_and_keeps_the_first_pass():
-    page = (ROOT / "docs" / "sharpness.md").read_text()
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
-    names = {}
-    exec(compile(code, "sharpness.md", "exec"), names)
+    names, _ = PAGES["run"](ROOT / "docs" / "sharpness.md")
     after = names["loss_fn"](names["params"], names["x"], names["y"])
     assert after < 0.5 * names["before"]
     whole = names["value_and_grad"](names["params"], names["x"], names["y"])

@@ -1,7 +1,7 @@
 """The page of recipes, run block by block; and every kind of parameter tree."""
 
 import pathlib
-import re
+import runpy
 
 import equinox as eqx
 import jax
@@ -15,14 +15,14 @@ from jaxlab.likelihoods import Categorical
 from jaxlab.objective import Objective, plain
 from jaxlab.training import create_state, from_nnx, make_train_step
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = runpy.run_path(str(ROOT / "tests" / "pages.py"))
+PAGE = ROOT / "docs" / "recipes.md"
 
 
 def test_every_recipe_of_the_page_learns():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    names = {}
-    exec(compile("\n".join(blocks), PAGE.name, "exec"), names)
+    names, count = PAGES["run"](PAGE)
+    assert count == 5
     losses = {name: loss for name, loss in names.items() if name.startswith("loss_")}
     assert set(losses) == {"loss_step", "loss_plain", "loss_nnx", "loss_linen"}
     # Ten L-BFGS steps fit 64 separable points far below the first loss of about 1.1.
@@ -32,11 +32,8 @@ def test_every_recipe_of_the_page_learns():
 
 
 def test_the_page_on_monarch_matrices_runs():
-    page = PAGE.with_name("monarch.md")
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(blocks) == 4
-    names = {}
-    exec(compile("\n".join(blocks), page.name, "exec"), names)
+    names, count = PAGES["run"](PAGE.with_name("monarch.md"))
+    assert count == 4
     assert names["error"](names["fitted"]) < 0.5 * names["error"](names["nearest"])
 
 
