@@ -205,7 +205,11 @@ def test_unknown_extra_arguments_are_dropped(row):
 
 @rows
 def test_inject_hyperparams(row):
-    factory = optax.inject_hyperparams(row.make, static_args=tuple(row.static))
+    static = tuple(row.static)
+    if row.make.__module__.startswith("jaxlab.sharpness"):
+        assert set(static) <= set(sharpness.static_args(row.make))
+        static = sharpness.static_args(row.make)
+    factory = optax.inject_hyperparams(row.make, static_args=static)
     schedule = {
         name: optax.constant_schedule(value) for name, value in row.hyperparams.items()
     }

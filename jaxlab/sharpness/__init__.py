@@ -8,6 +8,7 @@ earlier ones (SAF, MESA), post-training of a feature extractor (PoF), and lines,
 and simplexes of networks.
 """
 
+from jaxlab.sharpness._links import static_args
 from jaxlab.sharpness.accumulation import (
     full_batch_value_and_grad,
     m_sharpness_value_and_grad,
@@ -128,6 +129,7 @@ __all__ = [
     "sample_simplex",
     "simplex_point",
     "split_head",
+    "static_args",
     "subspace_init",
     "subspace_loss",
     "trajectory_loss",

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
+
+from jaxlab.sharpness._checks import check_tree
+from jaxlab.sharpness._norms import wide
 
 Scalar = Float[Array, ""]
 
@@ -33,23 +35,16 @@ def weighted_point(name: str, endpoints: PyTree, coefficients: PyTree) -> PyTree
                 f"each endpoint, or a tree of such arrays, got shape {a.shape}."
             )
     leaves, tree = jax.tree.flatten(endpoints)
-    return jax.tree.unflatten(tree, [combine(name, w, a) for w, a in zip(leaves, each)])
+    return jax.tree.unflatten(tree, [combine(w, a) for w, a in zip(leaves, each)])
 
 
-def combine(name: str, leaves, a: Array) -> Array:
+def combine(leaves, a: Array) -> Array:
     """Sums ``a_i leaves[i]``; products of matrices might round on accelerators."""
     dtype = jnp.asarray(leaves[0]).dtype
-    _check_floating(name, dtype)
     work = jnp.promote_types(jnp.promote_types(dtype, a.dtype), jnp.float32)
     a = a.astype(work)
     terms = [a[i] * jnp.asarray(leaves[i]).astype(work) for i in range(a.shape[0])]
     return sum(terms[1:], terms[0]).astype(dtype)
-
-
-def wide(leaf) -> Array:
-    """Gives an array of float32 at least."""
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def scalar_position(name: str, position: ArrayLike) -> Scalar:
@@ -74,35 +69,5 @@ def num_endpoints_of(name: str, endpoints: PyTree) -> int:
             f"got shapes {shapes}; subspace_init makes such a tree, and so does "
             "jax.tree.map(lambda *w: jnp.stack(w), *trees)."
         )
-    for leaf in leaves:
-        _check_floating(name, jnp.asarray(leaf).dtype)
+    check_tree(name, endpoints, "endpoints")
     return sizes.pop()
-
-
-def _check_floating(name: str, dtype) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"{name}: leaves must be floating-point parameters, got {dtype}; keep "
-            "others out of the tree."
-        )
-
-
-def check_alike(name: str, argument: str, tree: PyTree, **others: PyTree) -> None:
-    """Refuses trees of another structure or other shapes."""
-    described = lambda t: (
-        jax.tree.structure(t),
-        [jnp.shape(w) for w in jax.tree.leaves(t)],
-    )
-    for other, found in others.items():
-        if described(found) != described(tree):
-            raise ValueError(
-                f"{name}: {other} must be a tree like {argument}, {described(tree)}, "
-                f"got {described(found)}."
-            )
-
-
-def check_count(name: str, argument: str, count: int) -> None:
-    """Refuses what is no positive integer."""
-    integer = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-    if not integer or count < 1:
-        raise ValueError(f"{name}: {argument} must be an integer >= 1, got {count!r}.")

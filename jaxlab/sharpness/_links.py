@@ -1,14 +1,15 @@
-"""What the links of this room ask of ``update``, and checks that several share."""
+"""What the links of this room ask of ``update``, and how they find out."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from jaxlab import trees
+from jaxlab.sharpness._checks import like
 
 
 def checked_grad_fn(
@@ -75,28 +76,30 @@ def checked_grad_fn(
     return checked
 
 
-def like(name: str, found: PyTree, params: PyTree) -> PyTree:
-    """Checks that a gradient is a tree like params."""
-    if jax.tree.structure(found) != jax.tree.structure(params):
-        raise ValueError(
-            f"{name}: grad_fn must return a tree like params, got structure "
-            f"{jax.tree.structure(found)} instead of {jax.tree.structure(params)} "
-            "(a function that returns (value, grads) is not a grad_fn)."
-        )
-    return found
-
-
 def at_step(value: optax.ScalarOrSchedule, count: Any) -> jax.typing.ArrayLike:
     """Gives a hyperparameter's value at a step."""
     return value(count) if callable(value) else value
 
 
-def rows_of(name: str, batch: PyTree) -> int:
-    """Counts the rows of a batch, the leading axis that its leaves share."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(
-            f"{name}: the leaves of batch must share a leading axis of at least one "
-            f"row, got leading axes {sorted(sizes)}."
-        )
-    return sizes.pop()[0]
+# What may follow a schedule; everything else that a link is made from is static.
+_HYPERPARAMETERS = {"alpha", "eps", "probability", "radius", "rho", "strength"}
+
+
+def static_args(link: Callable[..., Any]) -> tuple[str, ...]:
+    """Names the arguments of a link that ``inject_hyperparams`` must leave alone.
+
+    Args:
+      link: one of ``gradient_norm_penalty``, ``sam``, ``asam``, ``look_sam``,
+        ``periodic``, ``hybrid``.
+
+    Returns:
+      For ``optax.inject_hyperparams(link, static_args=static_args(link))``: sizes,
+      masks, names and the transformation inside. The others may be schedules.
+
+    Examples:
+      >>> from jaxlab.sharpness import look_sam
+      >>> static_args(look_sam)
+      ('every', 'mask')
+    """
+    names = inspect.signature(link).parameters
+    return tuple(name for name in names if name not in _HYPERPARAMETERS)

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
-from jaxtyping import PyTree
 
-from jaxlab.sharpness._links import rows_of
+from jaxlab.sharpness._checks import check_count, check_numbers, rows_of
+from jaxlab.sharpness._norms import wide
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
-from jaxlab.sharpness.perturbation import check_numbers
 
 _OPTIONS = ("adaptive", "eps", "mask", "normalize_reference", "point_dtype")
 
@@ -44,7 +44,8 @@ def full_batch_value_and_grad(
     to ``gnp_value_and_grad`` on the whole batch but for round-off.
 
     Args:
-      loss_fn: ``(params, batch) -> scalar``, a mean over rows (equal row weights).
+      loss_fn: ``(params, batch, *args) -> scalar``, a mean over rows (equal row
+        weights). All parts get the same further arguments, a dropout key say.
       num_micro_batches: k; cuts the rows of ``batch``, in order, into equal parts.
       alpha: share of the gradient at the perturbed point; 1 is SAM.
       radius: length of the perturbation, >= 0.
@@ -52,8 +53,9 @@ def full_batch_value_and_grad(
         ``normalize_reference``, ``point_dtype``.
 
     Returns:
-      A function ``(params, batch) -> (value, grads)``; ``batch`` is a tree whose leaves
-      share their leading axis, the rows. Value at ``params``.
+      A function ``(params, batch, *args) -> (value, grads)``; ``batch`` is a tree whose
+      leaves share their leading axis, the rows. The value is that at ``params``, in
+      float32 at least.
 
     Raises:
       ValueError: if a number is out of range or does not divide the rows.
@@ -68,22 +70,23 @@ def full_batch_value_and_grad(
     """
     name = "full_batch_value_and_grad"
     check_numbers(name, alpha=alpha, radius=radius)
-    _check_count(name, "num_micro_batches", num_micro_batches)
+    check_count(name, "num_micro_batches", num_micro_batches)
     _check_options(name, options)
 
-    def value_and_grad(params, batch):
+    def value_and_grad(params, batch, *args):
         parts = _cut(name, batch, num_micro_batches, "num_micro_batches")
-        both = _mean_over(lambda at, part: jax.value_and_grad(loss_fn)(at, part), parts)
-        value, grads = both(params)
+        one = lambda at, part: jax.value_and_grad(loss_fn)(at, part, *args)
+        value, grads = _mean(one, params, parts)
+        # Sums stay wide until the two are mixed.
         mixed = gnp_gradient(
-            _mean_over(jax.grad(loss_fn), parts),
+            lambda at: _mean(one, at, parts)[1],
             params,
             alpha=alpha,
             radius=radius,
             grads=grads,
             **options,
         )
-        return value, mixed
+        return value, optax.tree.cast_like(mixed, params)
 
     return value_and_grad
 
@@ -103,14 +106,14 @@ def micro_batch_value_and_grad(
     ``optax.MultiSteps``.
 
     Args:
-      loss_fn: ``(params, batch) -> scalar``, a mean over rows.
+      loss_fn: ``(params, batch, *args) -> scalar``, a mean over rows.
       num_micro_batches: k; cuts the rows of ``batch``, in order, into equal parts.
       alpha: share of the gradient at the perturbed point; 1 is SAM.
       radius: length of each perturbation, >= 0.
       **options: as in :func:`full_batch_value_and_grad`.
 
     Returns:
-      A function ``(params, batch) -> (value, grads)``.
+      A function ``(params, batch, *args) -> (value, grads)``.
 
     Raises:
       ValueError: if a number is out of range or does not divide the rows.
@@ -124,13 +127,14 @@ def micro_batch_value_and_grad(
       (Array(2.5, dtype=float32), Array(-3., dtype=float32))
     """
     name = "micro_batch_value_and_grad"
-    _check_count(name, "num_micro_batches", num_micro_batches)
+    check_count(name, "num_micro_batches", num_micro_batches)
     _check_options(name, options)
-    one = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
+    mixed = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
 
-    def value_and_grad(params, batch):
+    def value_and_grad(params, batch, *args):
         parts = _cut(name, batch, num_micro_batches, "num_micro_batches")
-        return _mean_over(one, parts)(params)
+        value, grads = _mean(lambda at, part: mixed(at, part, *args), params, parts)
+        return value, optax.tree.cast_like(grads, params)
 
     return value_and_grad
 
@@ -147,7 +151,7 @@ def m_sharpness_value_and_grad(
     """Makes the mean of the penalised gradients of groups of m examples.
 
     Args:
-      loss_fn: ``(params, batch) -> scalar``, a mean over rows.
+      loss_fn: ``(params, batch, *args) -> scalar``, a mean over rows.
       group_size: m, examples a group; consecutive rows.
       alpha: share of the gradient at the perturbed point; 1 is SAM.
       radius: length of each perturbation, >= 0.
@@ -156,7 +160,7 @@ def m_sharpness_value_and_grad(
       **options: as in :func:`full_batch_value_and_grad`.
 
     Returns:
-      A function ``(params, batch) -> (value, grads)``.
+      A function ``(params, batch, *args) -> (value, grads)``.
 
     Raises:
       ValueError: if a number is out of range or does not divide the rows, or ``how``
@@ -169,13 +173,13 @@ def m_sharpness_value_and_grad(
       (Array(2.5, dtype=float32), Array(-3., dtype=float32))
     """
     name = "m_sharpness_value_and_grad"
-    _check_count(name, "group_size", group_size)
+    check_count(name, "group_size", group_size)
     _check_options(name, options)
     if how not in ("vmap", "scan"):
         raise ValueError(f'{name}: how must be "vmap" or "scan", got {how!r}.')
-    one = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
+    mixed = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
 
-    def value_and_grad(params, batch):
+    def value_and_grad(params, batch, *args):
         rows = rows_of(name, batch)
         if rows % group_size:
             raise ValueError(
@@ -183,35 +187,26 @@ def m_sharpness_value_and_grad(
                 "rows."
             )
         groups = _cut(name, batch, rows // group_size, "the number of groups")
+        one = lambda at, group: mixed(at, group, *args)
         if how == "scan":
-            return _mean_over(one, groups)(params)
-        found = jax.vmap(one, in_axes=(None, 0))(params, groups)
-        mean = lambda leaf: jnp.mean(
-            leaf, axis=0, dtype=jnp.promote_types(leaf.dtype, jnp.float32)
-        ).astype(leaf.dtype)
-        return jax.tree.map(mean, found)
+            value, grads = _mean(one, params, groups)
+        else:
+            found = jax.vmap(one, in_axes=(None, 0))(params, groups)
+            value, grads = jax.tree.map(lambda f: jnp.mean(wide(f), axis=0), found)
+        return value, optax.tree.cast_like(grads, params)
 
     return value_and_grad
 
 
-def _mean_over(function, parts):
+def _mean(function, params, parts):
     """Averages ``function(params, part)`` over parts, in float32 at least."""
+    found = lambda part: jax.tree.map(wide, function(params, part))
+    shapes = jax.eval_shape(found, jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, found(part)), None)
+    total, _ = jax.lax.scan(add, zeros, parts)
     count = jax.tree.leaves(parts)[0].shape[0]
-
-    def mean(params: PyTree) -> PyTree:
-        one = jax.tree.map(lambda leaf: leaf[0], parts)
-        shapes = jax.eval_shape(function, params, one)
-        wide = lambda s: jnp.promote_types(s.dtype, jnp.float32)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s)), shapes)
-
-        def add(total, part):
-            found = function(params, part)
-            return jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, found), None
-
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda t, s: (t / count).astype(s.dtype), total, shapes)
-
-    return mean
+    return jax.tree.map(lambda t: t / count, total)
 
 
 def _cut(name, batch, count, what):
@@ -222,11 +217,6 @@ def _cut(name, batch, count, what):
         )
     split = lambda a: jnp.reshape(a, (count, rows // count, *jnp.shape(a)[1:]))
     return jax.tree.map(split, batch)
-
-
-def _check_count(name, what, count) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}: {what} must be an integer >= 1, got {count!r}.")
 
 
 def _check_options(name, options) -> None:

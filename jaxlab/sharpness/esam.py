@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
-from jaxlab.sharpness._links import rows_of
-from jaxlab.sharpness.perturbation import Mask, check_numbers, check_tree, perturb
+from jaxlab.sharpness._checks import check_numbers, check_tree, rows_of
+from jaxlab.sharpness.perturbation import Mask, perturb
 
 
 def esam_value_and_grad(

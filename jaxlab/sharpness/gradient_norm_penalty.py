@@ -28,14 +28,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
-from jaxlab.sharpness._links import at_step, checked_grad_fn, like
-from jaxlab.sharpness.perturbation import (
-    Mask,
-    check_numbers,
-    check_tree,
-    perturb,
-    unit,
-)
+from jaxlab.sharpness._checks import check_numbers, check_tree, like
+from jaxlab.sharpness._links import at_step, checked_grad_fn
+from jaxlab.sharpness._norms import unit
+from jaxlab.sharpness.perturbation import Mask, perturb
 
 ScalarOrSchedule = ArrayLike | Callable[..., Any]
 AxisName = str | tuple[str, ...] | None
@@ -288,7 +284,7 @@ def gradient_norm_penalty(
     Returns:
       A transformation whose ``update`` needs ``grad_fn=`` (``params -> gradient`` on
       this step's batch), ``grad=`` (the very tree given as updates) and params.
-      ``static_args`` of ``optax.inject_hyperparams``: all but alpha, radius and eps.
+      :func:`static_args` gives the names for ``optax.inject_hyperparams``.
 
     Raises:
       ValueError: if a number is out of range; from ``update``, if an argument is
@@ -329,6 +325,9 @@ def gradient_norm_penalty(
         return mixed, GradientNormPenaltyState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# The signatures below are written out: optax.inject_hyperparams reads them.
 
 
 def sam(

@@ -20,16 +20,11 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab.sharpness._checks import check_count, check_numbers, check_tree
 from jaxlab.sharpness._links import at_step, checked_grad_fn
+from jaxlab.sharpness._norms import inner, safe_norm, unit
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient
-from jaxlab.sharpness.perturbation import (
-    Mask,
-    check_numbers,
-    check_tree,
-    inner,
-    safe_norm,
-    unit,
-)
+from jaxlab.sharpness.perturbation import Mask
 
 
 class LookSAMState(NamedTuple):
@@ -81,7 +76,7 @@ def look_sam(
     """
     name = "look_sam"
     check_numbers(name, radius=rho, strength=strength, eps=eps)
-    check_every(name, every)
+    check_count(name, "every", every)
 
     def init(params):
         check_tree(name, params)
@@ -121,12 +116,3 @@ def look_sam(
         return new, LookSAMState(optax.safe_increment(state.count), orthogonal)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_every(name: str, every: Any) -> None:
-    """Refuses a period that is not an integer >= 1."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(
-            f"{name}: every must be an integer >= 1, got {every!r} (under "
-            'optax.inject_hyperparams name it in static_args=("every",)).'
-        )

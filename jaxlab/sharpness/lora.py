@@ -33,9 +33,9 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxlab.sharpness._endpoints import check_alike, check_count, wide
+from jaxlab.sharpness._checks import check_alike, check_count
+from jaxlab.sharpness._norms import inner, wide
 from jaxlab.sharpness.gradient_norm_penalty import gnp_value_and_grad
-from jaxlab.sharpness.perturbation import inner
 
 
 class LoRAPair(NamedTuple):

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab.sharpness._checks import check_alike, check_numbers, check_tree
 from jaxlab.sharpness._links import at_step
-from jaxlab.sharpness.perturbation import Mask, check_numbers, check_tree, perturb
+from jaxlab.sharpness._norms import wide
+from jaxlab.sharpness.perturbation import Mask, perturb
 
 
 class MomentumSAMState(NamedTuple):
@@ -112,12 +113,18 @@ def momentum_sam_value_and_grad(
 
     def init(params: PyTree) -> MomentumSAMState:
         check_tree(name, params)
-        zeros = lambda p: jnp.zeros(np.shape(p), _wide_dtype(p))
-        return MomentumSAMState(jax.tree.map(zeros, params), jnp.zeros((), jnp.int32))
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
+        return MomentumSAMState(zeros, jnp.zeros((), jnp.int32))
 
     def update(params: PyTree, state: MomentumSAMState, *args: Any) -> Any:
         check_tree(name, params)
-        _check_state(name, params, state)
+        check_alike(
+            name,
+            "params",
+            params,
+            hint="; the state must be that of init(params)",
+            direction=state.direction,
+        )
         with jax.named_scope(name):
             point = perturb(
                 params,
@@ -141,22 +148,3 @@ def momentum_sam_value_and_grad(
             return value, grads, MomentumSAMState(direction, count)
 
     return MomentumSAM(init, update)
-
-
-def _check_state(name, params, state) -> None:
-    kinds = [jax.tree.structure(tree) for tree in (params, state.direction)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"{name}: the state must be that of init(params), got structure {kinds[1]} "
-            f"for {kinds[0]}."
-        )
-    for p, d in zip(*map(jax.tree.leaves, (params, state.direction)), strict=True):
-        if jnp.shape(p) != jnp.shape(d):
-            raise ValueError(
-                f"{name}: the state must be that of init(params), got shape "
-                f"{jnp.shape(d)} for {jnp.shape(p)}."
-            )
-
-
-def _wide_dtype(leaf):
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

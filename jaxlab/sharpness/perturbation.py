@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from jaxlab import trees
+from jaxlab.sharpness._checks import check_alike, check_numbers, check_tree
+from jaxlab.sharpness._norms import safe_norm, wide
 
 Mask = PyTree | Callable[[Any], Any] | None
 
@@ -64,7 +66,8 @@ def perturb(
       Array([3., 4.], dtype=float32)
     """
     check_numbers("perturb", radius=radius, eps=eps)
-    check_tree("perturb", params, direction)
+    check_tree("perturb", params)
+    check_alike("perturb", "params", params, direction=direction)
     moves = _mask_of(mask, params)
     with jax.named_scope("perturb"):
         step, norm = _step_and_norm(params, direction, moves, adaptive, eps)
@@ -79,88 +82,20 @@ def perturb(
         return jax.tree.map(move, _arrays(params), step)
 
 
-def unit(direction: PyTree, eps: ArrayLike = 1e-12) -> PyTree:
-    """Divides a tree by its norm, ``eps`` at least; leaves at least float32."""
-    wide = jax.tree.map(_wide, direction)
-    norm = safe_norm(wide, eps)
-    return jax.tree.map(lambda d: d / norm.astype(d.dtype), wide)
-
-
-def safe_norm(tree: PyTree, eps: ArrayLike = 0.0) -> Array:
-    """Takes the norm of all leaves as one vector; ``eps`` at least, flat below it."""
-    return jnp.sqrt(jnp.maximum(squared_norm(tree), jnp.square(eps)))
-
-
-def squared_norm(tree: PyTree) -> Array:
-    """Sums the squares of all leaves, in float32 at least."""
-    return inner(tree, tree)
-
-
-def inner(one: PyTree, two: PyTree) -> Array:
-    """Takes the inner product of two trees, in float32 at least."""
-    parts = jax.tree.map(lambda a, b: jnp.sum(_wide(a) * _wide(b)), one, two)
-    return sum(jax.tree.leaves(parts), start=jnp.zeros((), jnp.float32))
-
-
-def check_numbers(name: str, **numbers: Any) -> None:
-    """Refuses Python numbers that are NaN, radii below 0, an eps that is not > 0."""
-    for word, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            continue
-        if word == "alpha":
-            good, need = np.isfinite(number), "finite"
-        elif word == "eps":
-            good, need = np.isfinite(number) and number > 0, "> 0"
-        elif word == "probability":
-            good, need = 0 <= number <= 1, "in [0, 1]"
-        else:
-            good, need = np.isfinite(number) and number >= 0, "finite and >= 0"
-        if not good:
-            raise ValueError(f"{name}: {word} must be {need}, got {number}.")
-
-
-def check_tree(name: str, params: PyTree, other: PyTree | None = None) -> None:
-    """Refuses empty trees, leaves that are not floating, trees that differ."""
-    leaves = jax.tree.leaves(params)
-    if not leaves and not trees.has_holes(params):
-        raise ValueError(f"{name}: params must hold at least one array, got {params}.")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        kind = jnp.result_type(leaf)
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise ValueError(
-                f"{name}: params must have floating leaves, got {kind} at "
-                f"params{jax.tree_util.keystr(path)}; differentiate the floating part "
-                "(equinox.partition, nnx.split(model, nnx.Param, ...))."
-            )
-    if other is None:
-        return
-    if jax.tree.structure(other) != jax.tree.structure(params):
-        raise ValueError(
-            f"{name}: the direction must be a tree like params, got structure "
-            f"{jax.tree.structure(other)} instead of {jax.tree.structure(params)}."
-        )
-    for one, two in zip(leaves, jax.tree.leaves(other), strict=True):
-        if jnp.shape(one) != jnp.shape(two):
-            raise ValueError(
-                f"{name}: the direction must have the shapes of params, got "
-                f"{jnp.shape(two)} for {jnp.shape(one)}."
-            )
-
-
 def _step_and_norm(params, direction, moves, adaptive, eps):
     """Gives the step before scaling (``None`` where nothing moves) and its norm."""
 
     def along(p, d, move):
         if move is False:
             return None
-        d = _wide(d)
+        d = wide(d)
         d = d if move is True else jnp.where(move, d, 0)
-        return jnp.abs(_wide(p)) * d if adaptive else d
+        return jnp.abs(wide(p)) * d if adaptive else d
 
     step = jax.tree.map(along, params, direction, moves)
     norm = safe_norm(step, eps)
     if adaptive:
-        again = lambda p, s: None if s is None else jnp.abs(_wide(p)) * s
+        again = lambda p, s: None if s is None else jnp.abs(wide(p)) * s
         step = jax.tree.map(again, params, step)
     return step, norm
 
@@ -191,11 +126,6 @@ def _mask_of(mask, params):
         return jnp.asarray(m)
 
     return jax.tree.map(checked, mask, params)
-
-
-def _wide(leaf):
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _arrays(tree):

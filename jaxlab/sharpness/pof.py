@@ -31,6 +31,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxlab.sharpness._checks import check_alike, check_count, check_floating
 from jaxlab.trees import fill_holes
 
 Scalar = Float[Array, ""]
@@ -124,7 +125,9 @@ def head_line_search(
     """
     name = "head_line_search"
     count = _check_search(name, initial_step, growth, max_step, num_grid)
-    _check_trees(name, head, direction)
+    check_floating(name, head, "head")
+    check_floating(name, direction, "direction")
+    check_alike(name, "head", head, direction=direction)
     head, direction = jax.lax.stop_gradient((head, direction))
     dtype = _wide(head)
     # With a bound on the count the loop ends whatever the rounding of the steps.
@@ -210,7 +213,7 @@ def pof_perturb(
             f"{name}: key must be a typed key such as jax.random.key(0), got "
             f"{jnp.asarray(key).dtype}."
         )
-    _check_trees(name, head, head)
+    check_floating(name, head, "head")
     head = jax.lax.stop_gradient(head)
     with jax.named_scope(name):
         gradient = jax.grad(lambda h: _scalar(name, loss_of_head(h)))(head)
@@ -450,27 +453,9 @@ def _check_search(name: str, initial_step, growth, max_step, num_grid) -> int:
         )
     if not 1 < growth < math.inf:
         raise ValueError(f"{name}: growth must be > 1 and finite, got {growth}.")
-    if isinstance(num_grid, bool) or not isinstance(num_grid, int) or num_grid < 1:
-        raise ValueError(f"{name}: num_grid must be an integer >= 1, got {num_grid}.")
+    check_count(name, "num_grid", num_grid)
     ratio = math.log(max_step / initial_step) / math.log(growth)
     return math.ceil(round(ratio, 9))
-
-
-def _check_trees(name: str, head: PyTree, direction: PyTree) -> None:
-    trees = jax.tree.structure(head), jax.tree.structure(direction)
-    shapes = [list(map(jnp.shape, jax.tree.leaves(t))) for t in (head, direction)]
-    if trees[0] != trees[1] or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"{name}: direction must be a tree like head, {trees[0]} with shapes "
-            f"{shapes[0]}, got {trees[1]} with {shapes[1]}."
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path((head, direction)):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"{name}: head and direction must be floating-point, got "
-                f"{jnp.result_type(leaf)} at {_path(path[1:]) or 'the root'!r}. Leave "
-                "such leaves among the features."
-            )
 
 
 def _check_range(name: str, sampling_range) -> None:

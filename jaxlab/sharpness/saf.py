@@ -27,6 +27,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxlab.likelihoods import row_shares
+from jaxlab.sharpness._checks import check_alike, check_count
 
 Logits = Float[ArrayLike, "*rows classes"]
 Scalar = Float[Array, ""]
@@ -232,10 +233,7 @@ def init_trajectory_buffer(
     """
     sizes = {"num_examples": num_examples, "num_classes": num_classes, "lag": lag}
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(
-                f"init_trajectory_buffer: {name} must be an integer >= 1, got {size}."
-            )
+        check_count("init_trajectory_buffer", name, size)
     slots = (num_examples, lag + 1)
     return TrajectoryBuffer(
         jnp.zeros((*slots, num_classes), dtype), jnp.full(slots, -1, jnp.int32)
@@ -371,12 +369,13 @@ def update_teacher(
     """
     if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
         raise ValueError(f"update_teacher: decay must be in [0, 1], got {decay}.")
-    trees = [(jax.tree.structure(t), _shapes(t)) for t in (teacher, params)]
-    if trees[0] != trees[1]:
-        raise ValueError(
-            "update_teacher: teacher must be a tree like params, as init_teacher(params"
-            f") gives it; got leaves of shapes {trees[0][1]} for {trees[1][1]}."
-        )
+    check_alike(
+        "update_teacher",
+        "params",
+        params,
+        hint="; init_teacher(params) makes one",
+        teacher=teacher,
+    )
 
     def mixed(old, new):
         if not jnp.issubdtype(old.dtype, jnp.inexact):
@@ -471,10 +470,6 @@ def _inside(indices: Array, size: int) -> Array:
     # Negative indices count from the end elsewhere; here they are padding.
     indices = indices.astype(jnp.int32)
     return jnp.where((indices >= 0) & (indices < size), indices, size)
-
-
-def _shapes(tree: PyTree) -> list[tuple[int, ...]]:
-    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _average_of(leaf) -> Array:

@@ -17,9 +17,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab.sharpness._checks import check_count, check_numbers
 from jaxlab.sharpness._links import at_step
-from jaxlab.sharpness.look_sam import check_every
-from jaxlab.sharpness.perturbation import check_numbers
 
 
 class SometimesState(NamedTuple):
@@ -42,8 +41,7 @@ def periodic(
 
     Args:
       transformation: what to apply, for example ``sam(0.1)``.
-      every: the period in steps, >= 1; static (``inject_hyperparams(...,
-        static_args=("every", "transformation"))``).
+      every: the period in steps, >= 1; static.
 
     Returns:
       A transformation that hands all extra arguments on.
@@ -60,7 +58,7 @@ def periodic(
       >>> one.tolist(), two.tolist()
       ([2.0], [1.0])
     """
-    check_every("periodic", every)
+    check_count("periodic", "every", every)
     act = lambda count, extra: (count % every == 0, extra)
     return _sometimes("periodic", transformation, act)
 

@@ -25,16 +25,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab.sharpness._checks import check_alike, check_count, check_tree
 from jaxlab.sharpness._endpoints import (
-    check_alike,
-    check_count,
     combine,
     num_endpoints_of,
     scalar_position,
     spread,
     weighted_point,
-    wide,
 )
+from jaxlab.sharpness._norms import wide
 
 Scalar = Float[Array, ""]
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -99,9 +98,7 @@ def line_point(start: PyTree, end: PyTree, position: ArrayLike) -> PyTree:
       >>> line_point(jnp.zeros(2), jnp.array([4.0, 8.0]), 0.25)
       Array([1., 2.], dtype=float32)
     """
-    check_alike("line_point", "start", start, end=end)
-    a = line_coefficients(position)
-    return jax.tree.map(lambda *w: combine("line_point", w, a), start, end)
+    return _mix("line_point", line_coefficients(position), start, end=end)
 
 
 def bezier_point(
@@ -129,10 +126,9 @@ def bezier_point(
       >>> bezier_point(jnp.zeros(1), jnp.array([4.0]), jnp.array([2.0]), 0.5)
       Array([2.], dtype=float32)
     """
-    check_alike("bezier_point", "start", start, end=end, bend=bend)
-    a = bezier_coefficients(position)
-    point = lambda *w: combine("bezier_point", w, a)
-    return jax.tree.map(point, start, end, bend)
+    return _mix(
+        "bezier_point", bezier_coefficients(position), start, end=end, bend=bend
+    )
 
 
 def simplex_point(endpoints: PyTree, coefficients: PyTree) -> PyTree:
@@ -383,6 +379,12 @@ def subspace_loss(
         kept = [wide(w) for w, c in zip(jax.tree.leaves(endpoints), chosen) if c]
         j, k = (0, 1) if size == 2 else _pair(key, size)
         return loss + beta * _cosine_squared([(w[j], w[k]) for w in kept])
+
+
+def _mix(name: str, a: Array, start: PyTree, **others: PyTree) -> PyTree:
+    check_tree(name, start, "start")
+    check_alike(name, "start", start, **others)
+    return jax.tree.map(lambda *w: combine(w, a), start, *others.values())
 
 
 def _pair(key, size):

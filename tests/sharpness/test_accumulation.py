@@ -1,7 +1,8 @@
 """Three kinds of accumulation against loops, goldens and devices."""
 
-import importlib.util
 import pathlib
+import runpy
+import types
 
 import chex
 import jax
@@ -19,20 +20,15 @@ from jaxlab.sharpness.accumulation import (
 )
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
 
-_spec = importlib.util.spec_from_file_location(
-    "golden_net", pathlib.Path(__file__).with_name("golden_net.py")
+net = types.SimpleNamespace(
+    **runpy.run_path(str(pathlib.Path(__file__).with_name("golden_net.py")))
 )
-net = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(net)
 GOLDEN = net.GOLDEN
 TIGHT = {"rtol": 0, "atol": 1e-10}
 BOTH = {"alpha": 0.8, "radius": 0.05}
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def _halves():
@@ -134,3 +130,23 @@ def test_bfloat16_parts_are_summed_in_float32():
     value, grads = f(jnp.full((1,), 1.0, jnp.bfloat16), x)
     assert grads.dtype == jnp.bfloat16
     assert float(value) == float(grads[0]) == 1.0  # a sum in bfloat16 stops at 256
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda f: full_batch_value_and_grad(f, num_micro_batches=2, **BOTH),
+        lambda f: micro_batch_value_and_grad(f, num_micro_batches=2, **BOTH),
+        lambda f: m_sharpness_value_and_grad(f, group_size=8, **BOTH),
+    ],
+    ids=["full", "micro", "groups"],
+)
+def test_further_arguments_reach_every_part_in_one_trace(make):
+    scaled = lambda at, batch, scale: scale * net.loss_fn(at, batch)
+    f = jax.jit(make(scaled))
+    value, grads = make(net.loss_fn)(net.params(), net.batch())
+    for scale in (3.0, 5.0):
+        got = f(net.params(), net.batch(), scale)
+        want = jax.tree.map(lambda leaf, c=scale: c * leaf, (value, grads))
+        chex.assert_trees_all_close(got, want, rtol=1e-10)
+    assert f._cache_size() == 1

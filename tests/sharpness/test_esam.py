@@ -1,7 +1,8 @@
 """Efficient SAM against SAM, a loop in NumPy, and its mean over the draws."""
 
-import importlib.util
 import pathlib
+import runpy
+import types
 
 import chex
 import jax
@@ -13,11 +14,9 @@ import pytest
 from jaxlab.sharpness.esam import esam_value_and_grad
 from jaxlab.sharpness.gradient_norm_penalty import gnp_value_and_grad
 
-_spec = importlib.util.spec_from_file_location(
-    "golden_net", pathlib.Path(__file__).with_name("golden_net.py")
+net = types.SimpleNamespace(
+    **runpy.run_path(str(pathlib.Path(__file__).with_name("golden_net.py")))
 )
-net = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(net)
 GOLDEN = net.GOLDEN
 TIGHT = {"rtol": 0, "atol": 1e-10}
 ALL = {"weight_fraction": 1.0, "example_fraction": 1.0}

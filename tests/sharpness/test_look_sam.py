@@ -5,19 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from jaxlab.sharpness.gradient_norm_penalty import sam
 from jaxlab.sharpness.look_sam import look_sam
 
 loss_fn = lambda w: jnp.sum(jnp.sin(w)) + jnp.prod(w)
 grad_fn = jax.grad(loss_fn)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def _walk(link, steps):
@@ -58,7 +51,7 @@ def test_a_zero_gradient_stays_zero():
     link, w = look_sam(0.1, every=2), jnp.zeros(2)
     flat = jax.grad(lambda v: jnp.sum(v**2))
     state = link.init(w)
-    for _ in range(3):
+    for _ in range(3):  # both branches
         grads = flat(w)
         updates, state = link.update(grads, state, w, grad_fn=flat, grad=grads)
         chex.assert_trees_all_equal(updates, w)

@@ -24,12 +24,6 @@ KEY = jax.random.key(0)
 HOLE = optax.MaskedNode()
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def net(dtype=None, seed=0):
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype or jnp.float32)

@@ -1,7 +1,8 @@
 """SAM along past gradients against a loop in NumPy and the limits it has."""
 
-import importlib.util
 import pathlib
+import runpy
+import types
 
 import chex
 import jax
@@ -13,11 +14,9 @@ import pytest
 from jaxlab.sharpness.momentum_sam import momentum_sam_value_and_grad
 from jaxlab.sharpness.perturbation import perturb
 
-_spec = importlib.util.spec_from_file_location(
-    "golden_net", pathlib.Path(__file__).with_name("golden_net.py")
+net = types.SimpleNamespace(
+    **runpy.run_path(str(pathlib.Path(__file__).with_name("golden_net.py")))
 )
-net = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(net)
 GOLDEN = net.GOLDEN
 TIGHT = {"rtol": 0, "atol": 1e-10}
 

@@ -70,10 +70,10 @@ def test_trees_are_alike():
 def test_heads_are_floating_point():
     head = {"w": HEAD, "count": jnp.zeros((), jnp.int32)}
     with pytest.raises(
-        ValueError, match=r"pof_perturb: .* got int32 at 'count'\. Leav"
+        ValueError, match=r"pof_perturb: .* got int32 at head\['count'\]; keep"
     ):
         pof_perturb(KEY, lambda h: square(h["w"]), head)
-    with pytest.raises(ValueError, match="got int32 at 'the root'"):
+    with pytest.raises(ValueError, match="floating leaves, got int32 at direction;"):
         head_line_search(square, HEAD, jnp.ones(2, int))
 
 

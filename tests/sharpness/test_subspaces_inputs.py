@@ -47,9 +47,11 @@ def test_trees_are_alike():
 
 
 def test_leaves_are_floating():
-    with pytest.raises(ValueError, match=r"line_point: leaves must be .*int32"):
+    with pytest.raises(
+        ValueError, match=r"line_point: start must have floating leaves, .*int32"
+    ):
         line_point(np.arange(2, dtype=np.int32), np.arange(2, dtype=np.int32), 0.5)
-    with pytest.raises(ValueError, match="simplex_point: leaves must be floating"):
+    with pytest.raises(ValueError, match="simplex_point: endpoints must have floating"):
         simplex_point(np.ones((2, 3), np.int32), HALF)
 
 

@@ -1,0 +1,35 @@
+"""Norms and inner products of trees as one vector, in float32 at least."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+
+
+def wide(leaf: ArrayLike) -> Array:
+    """Gives an array of float32 at least."""
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def inner(one: PyTree, two: PyTree) -> Array:
+    """Takes the inner product of two trees."""
+    return optax.tree.vdot(jax.tree.map(wide, one), jax.tree.map(wide, two))
+
+
+def safe_norm(tree: PyTree, eps: ArrayLike = 0.0) -> Array:
+    """Takes the norm of all leaves; ``eps`` at least, and flat below it.
+
+    Never below 1e-19, so that 0 divided by it is 0 even where eps has become 0, as
+    1e-12 does in the float16 that ``optax.inject_hyperparams`` may cast it to.
+    """
+    square = optax.tree.norm(jax.tree.map(wide, tree), squared=True)
+    least = jnp.maximum(jnp.square(wide(eps)), jnp.finfo(jnp.float32).tiny)
+    return jnp.sqrt(jnp.maximum(square, least))
+
+
+def unit(direction: PyTree, eps: ArrayLike = 1e-12) -> PyTree:
+    """Divides a tree by its norm, ``eps`` at least; leaves at least float32."""
+    norm = safe_norm(direction, eps)
+    return jax.tree.map(lambda d: wide(d) / norm.astype(wide(d).dtype), direction)
