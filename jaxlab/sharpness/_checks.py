@@ -32,9 +32,10 @@ def check_count(name: str, argument: str, count: Any) -> None:
     """Refuses what is no integer >= 1."""
     integer = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
     if not integer or count < 1:
+        array = isinstance(count, jax.Array)  # as optax.inject_hyperparams makes it
+        hint = "; it is static, so name it in static_args=" if array else ""
         raise ValueError(
-            f"{name}: {argument} must be an integer >= 1, got {count!r}; it shapes the "
-            "computation (static_args= of optax.inject_hyperparams)."
+            f"{name}: {argument} must be an integer >= 1, got {count!r}{hint}."
         )
 
 

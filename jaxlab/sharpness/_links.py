@@ -96,10 +96,18 @@ def static_args(link: Callable[..., Any]) -> tuple[str, ...]:
       For ``optax.inject_hyperparams(link, static_args=static_args(link))``: sizes,
       masks, names and the transformation inside. The others may be schedules.
 
+    Raises:
+      ValueError: if it is given what such a function returns.
+
     Examples:
       >>> from jaxlab.sharpness import look_sam
       >>> static_args(look_sam)
       ('every', 'mask')
     """
+    if not callable(link):
+        raise ValueError(
+            "static_args: link must be the function that makes it, as in "
+            f"static_args(sam), got {type(link).__name__}."
+        )
     names = inspect.signature(link).parameters
     return tuple(name for name in names if name not in _HYPERPARAMETERS)

@@ -209,6 +209,11 @@ def gnp_value_and_grad(
     places = tuple(argnums) if several else (argnums,)
 
     def value_and_grad(*args, **kwargs):
+        if not all(-len(args) <= place < len(args) for place in places):
+            raise ValueError(
+                f"gnp_value_and_grad: argnums={argnums} must name positional "
+                f"arguments, got {len(args)} of them."
+            )
         # One argument stays as it is, so that a mask is a tree like it.
         params = tuple(args[place] for place in places)
         params = params if several else params[0]
@@ -301,30 +306,18 @@ def gradient_norm_penalty(
     """
     name = "gradient_norm_penalty"
     check_numbers(name, alpha=alpha, radius=radius, eps=eps)
-
-    def init(params):
-        check_tree(name, params)
-        return GradientNormPenaltyState(jnp.zeros((), jnp.int32))
-
-    def update(updates, state, params=None, *, grad_fn=None, grad=None, **extra_args):
-        checked = checked_grad_fn(name, updates, params, grad_fn, grad)
-        mixed = gnp_gradient(
-            checked,
-            params,
-            alpha=at_step(alpha, state.count),
-            radius=at_step(radius, state.count),
-            grads=updates,
-            normalize_reference=normalize_reference,
-            adaptive=adaptive,
-            mask=mask,
-            axis_name=axis_name,
-            sync_perturbation=sync_perturbation,
-            eps=eps,
-            point_dtype=point_dtype,
-        )
-        return mixed, GradientNormPenaltyState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _link(
+        name,
+        alpha,
+        radius,
+        eps,
+        normalize_reference=normalize_reference,
+        adaptive=adaptive,
+        mask=mask,
+        axis_name=axis_name,
+        sync_perturbation=sync_perturbation,
+        point_dtype=point_dtype,
+    )
 
 
 # The signatures below are written out: optax.inject_hyperparams reads them.
@@ -365,13 +358,15 @@ def sam(
       >>> tx.update(grads, tx.init(w), w, grad_fn=grad_fn, grad=grads)[0]
       Array([6., 8.], dtype=float32)
     """
-    return gradient_norm_penalty(
+    check_numbers("sam", rho=rho, eps=eps)
+    return _link(
+        "sam",
         1.0,
         rho,
+        eps,
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
-        eps=eps,
         point_dtype=point_dtype,
     )
 
@@ -411,16 +406,41 @@ def asam(
       >>> tx.update(grads, tx.init(w), w, grad_fn=grad_fn, grad=grads)[0]
       Array([2., 2.], dtype=float32)
     """
-    return gradient_norm_penalty(
+    check_numbers("asam", rho=rho, eps=eps)
+    return _link(
+        "asam",
         1.0,
         rho,
+        eps,
         adaptive=True,
         mask=mask,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
-        eps=eps,
         point_dtype=point_dtype,
     )
+
+
+def _link(name, alpha, radius, eps, **options):
+    """Makes the link; ``name`` is what its messages call it."""
+
+    def init(params):
+        check_tree(name, params)
+        return GradientNormPenaltyState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, grad_fn=None, grad=None, **extra_args):
+        checked = checked_grad_fn(name, updates, params, grad_fn, grad)
+        mixed = gnp_gradient(
+            checked,
+            params,
+            alpha=at_step(alpha, state.count),
+            radius=at_step(radius, state.count),
+            grads=updates,
+            eps=eps,
+            **options,
+        )
+        return mixed, GradientNormPenaltyState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _mix(grads, ahead, alpha, normalize_reference, eps):

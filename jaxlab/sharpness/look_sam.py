@@ -75,7 +75,7 @@ def look_sam(
       Array([6., 8.], dtype=float32)
     """
     name = "look_sam"
-    check_numbers(name, radius=rho, strength=strength, eps=eps)
+    check_numbers(name, rho=rho, strength=strength, eps=eps)
     check_count(name, "every", every)
 
     def init(params):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlab.sharpness import static_args
 from jaxlab.sharpness.gradient_norm_penalty import (
     asam,
     gnp_gradient,
@@ -52,7 +53,7 @@ def test_numbers_out_of_range():
     ):
         with pytest.raises(ValueError, match="alpha must be finite, got nan"):
             call()
-    with pytest.raises(ValueError, match="gradient_norm_penalty: radius must be"):
+    with pytest.raises(ValueError, match=r"^sam: rho must be finite .* got -1"):
         sam(-1.0)
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 1.5"):
         hybrid(sam(), 1.5)
@@ -122,6 +123,27 @@ def test_links_refuse_a_gradient_that_was_changed(link):
             jax.jit(lambda g, s, tx=tx: tx.update(g, s, W, **(extra | {"grad": g})))(
                 grads, tx.init(W)
             )
+
+
+def test_arguments_that_are_not_there():
+    f = gnp_value_and_grad(loss_fn, alpha=0.8, radius=0.1, argnums=(0, 2))
+    with pytest.raises(ValueError, match=r"argnums=\(0, 2\) must name .* got 1 of"):
+        f(W)
+    last = gnp_value_and_grad(
+        lambda x, w: loss_fn(w), alpha=0.8, radius=0.1, argnums=-1
+    )
+    np.testing.assert_allclose(
+        last(0, W)[1], gnp_gradient(grad_fn, W, alpha=0.8, radius=0.1)
+    )
+
+
+def test_static_args_wants_the_function():
+    assert static_args(periodic) == ("transformation", "every")
+    with pytest.raises(ValueError, match=r"as in static_args\(sam\), got Gradient"):
+        static_args(sam())
+    injected = optax.inject_hyperparams(periodic)(sam(), 2)
+    with pytest.raises(ValueError, match="it is static, so name it in static_args="):
+        injected.init(W)
 
 
 def test_what_is_no_transformation():
