@@ -84,14 +84,3 @@ def like(name: str, found: PyTree, params: PyTree) -> PyTree:
             "(a function that returns (value, grads) is not a grad_fn)."
         )
     return found
-
-
-def rows_of(name: str, batch: PyTree) -> int:
-    """Counts the rows of a batch, the leading axis that its leaves share."""
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(
-            f"{name}: the leaves of batch must share a leading axis of at least one "
-            f"row, got leading axes {sorted(sizes)}."
-        )
-    return sizes.pop()[0]

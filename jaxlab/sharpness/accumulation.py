@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxlab.sharpness._checks import check_count, check_numbers, rows_of
+from jaxlab.curvature._batches import rows_of
+from jaxlab.sharpness._checks import check_count, check_numbers
 from jaxlab.sharpness._norms import wide
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
 

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
-from jaxlab.sharpness._checks import check_numbers, check_tree, rows_of
+from jaxlab.curvature._batches import rows_of
+from jaxlab.sharpness._checks import check_numbers, check_tree
 from jaxlab.sharpness.perturbation import Mask, perturb
 
 

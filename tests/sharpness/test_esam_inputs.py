@@ -40,7 +40,7 @@ def test_losses_are_one_for_each_row():
 def test_batches():
     f = esam_value_and_grad(losses_fn, radius=0.1)
     for batch in (X[:0], (X, X[:4]), jnp.ones(()), ()):
-        with pytest.raises(ValueError, match="share a leading axis of at least one"):
+        with pytest.raises(ValueError, match="one row per example, at least one"):
             f(KEY, W, batch)
 
 
