@@ -203,13 +203,21 @@ class Text:
 
 
 class Trainer:
-    """One model's compiled step, for runs from any parameters."""
+    """One model's compiled step, for runs from any parameters.
 
-    def __init__(self, build: Callable[..., GPT], text: Text):
-        self.build, self.text = build, text
+    ``make(rate, steps)`` gives the optimizer, with both numbers in its state.
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., GPT],
+        text: Text,
+        make: Callable[[float, int], optax.GradientTransformation] = optimizer,
+    ):
+        self.build, self.text, self.make = build, text, make
         model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
         self.objective, params, _ = from_nnx(model, Categorical())
-        self.step = make_train_step(self.objective, optimizer(1.0, 1))
+        self.step = make_train_step(self.objective, make(1.0, 1))
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.flops = flops(params)
         init = lambda key: from_nnx(build(rngs=nnx.Rngs(key)), Categorical()).params
@@ -223,7 +231,7 @@ class Trainer:
 
     def start(self, params: dict[str, Any], rate: float, steps: int) -> TrainState:
         """Makes the state of step 0 of a run of some length."""
-        return create_state(jax.random.key(0), params, optimizer(rate, steps))
+        return create_state(jax.random.key(0), params, self.make(rate, steps))
 
     def go_on(
         self, state: TrainState, stream: Sequence[int], until: int

@@ -142,8 +142,8 @@ def train(
 
     Args:
       net: the model.
-      make: gives an optimizer whose ``update`` may take ``grad_fn`` and ``grad``; the
-        same function for the same program.
+      make: gives an optimizer whose ``update`` may take ``value_fn``, ``grad_fn`` and
+        ``grad``; the same function for the same program.
       numbers: its arguments; other numbers need no other program.
       key: of start and order.
       data: the rows.
@@ -181,10 +181,11 @@ def _begin(net, make, numbers, params):
 @functools.partial(jax.jit, static_argnames=("net", "make"))
 def _step(net, make, numbers, run, data, rows):
     batch = data.train[0][rows], data.train[1][rows]
-    grad_fn = lambda at: jax.grad(net.loss_fn)(at, batch)
+    value_fn = lambda at: net.loss_fn(at, batch)
+    grad_fn = jax.grad(value_fn)
     grads = grad_fn(run.params)
     update = optax.with_extra_args_support(make(**numbers)).update
-    extra = {"grad_fn": grad_fn, "grad": grads}
+    extra = {"value_fn": value_fn, "grad_fn": grad_fn, "grad": grads}
     updates, state = update(grads, run.state, run.params, **extra)
     return run._replace(params=optax.apply_updates(run.params, updates), state=state)
 
