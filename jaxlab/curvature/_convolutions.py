@@ -10,6 +10,7 @@ entries of the kernel.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -66,19 +67,30 @@ class ByMatmuls:
     def __call__(self, *arguments: Any) -> Any:
         """Computes what the function does, up to round-off."""
         program, shape = jax.make_jaxpr(self.function, return_shape=True)(*arguments)
-        values = _evaluated(program, jax.tree.leaves(arguments))
+        values = evaluated(program, jax.tree.leaves(arguments), _results)
         return jax.tree.unflatten(jax.tree.structure(shape), values)
 
 
-def _evaluated(program: core.ClosedJaxpr, arguments: list[Any]) -> list[Any]:
-    """Evaluates a program, as JAX does but for its convolutions."""
+def evaluated(
+    program: core.ClosedJaxpr,
+    arguments: list[Any],
+    results: Callable[[core.Jaxpr, list[Any]], list[Any]],
+) -> list[Any]:
+    """Evaluates a program equation by equation.
+
+    Args:
+      program: what to evaluate.
+      arguments: a value for each of its variables.
+      results: of a program of one equation and its inputs, the literals among them
+        included; :func:`as_jax_does` where nothing is to change.
+    """
     jaxpr = program.jaxpr
     known = dict(zip(jaxpr.constvars, program.consts, strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
     read = lambda atom: atom.val if isinstance(atom, core.Literal) else known[atom]
     for equation in jaxpr.eqns:
         alone = jaxpr.replace(eqns=[equation], constvars=[])
-        values = _results(alone, [read(atom) for atom in equation.invars])
+        values = results(alone, [read(atom) for atom in equation.invars])
         known.update(zip(equation.outvars, values, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -90,7 +102,13 @@ def _results(jaxpr: core.Jaxpr, inputs: list[Any]) -> list[Any]:
     if name == "conv_general_dilated" and _is_plain(equation):
         return [_by_slices(*inputs, equation)]
     if name in ("jit", "pjit"):
-        return _evaluated(equation.params["jaxpr"], inputs)
+        return evaluated(equation.params["jaxpr"], inputs, _results)
+    return as_jax_does(jaxpr, inputs)
+
+
+def as_jax_does(jaxpr: core.Jaxpr, inputs: list[Any]) -> list[Any]:
+    """Evaluates the one equation of a program unchanged."""
+    (equation,) = jaxpr.eqns
     pairs = zip(equation.invars, inputs, strict=True)
     given = {a: x for a, x in pairs if not isinstance(a, core.Literal)}
     alone = jaxpr.replace(invars=list(given), outvars=equation.outvars)

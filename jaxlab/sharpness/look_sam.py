@@ -20,6 +20,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab.curvature._layouts import for_branches
 from jaxlab.sharpness._checks import check_count, check_numbers, check_tree
 from jaxlab.sharpness._links import at_step, checked_grad_fn
 from jaxlab.sharpness._norms import inner, safe_norm, unit
@@ -91,7 +92,7 @@ def look_sam(
 
         def look():
             ahead = gnp_gradient(
-                checked,
+                for_branches(checked),
                 params,
                 alpha=1.0,
                 radius=radius,

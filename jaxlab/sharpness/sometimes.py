@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab.curvature._layouts import for_branches
 from jaxlab.sharpness._checks import check_count, check_numbers
 from jaxlab.sharpness._links import at_step
 
@@ -115,6 +116,8 @@ def _sometimes(name, transformation, act):
 
     def update(updates, state, params=None, **extra_args):
         now, extra_args = act(state.count, extra_args)
+        if extra_args.get("grad_fn") is not None:
+            extra_args = extra_args | {"grad_fn": for_branches(extra_args["grad_fn"])}
         # Updates enter the branch by closure: an operand would be another array, and
         # the link could no longer tell them from what grad_fn gives.
         new, inside = jax.lax.cond(
