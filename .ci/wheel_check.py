@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxlab
-from jaxlab import catalog, curvature, likelihoods, sharpness, structured
+from jaxlab import catalog, curvature, likelihoods, optimizers, sharpness, structured
 
 package = pathlib.Path(jaxlab.__file__).parent
 assert "site-packages" in package.parts, "this is the source tree, not the wheel"
@@ -29,6 +29,8 @@ values, *_ = curvature.top_eigenpairs(jax.random.key(0), operator, x[0, :2], k=1
 assert jnp.allclose(values, 12.0, rtol=1e-4)
 mixed = sharpness.gnp_gradient(lambda w: w, jnp.array([3.0, 4.0]), alpha=0.5, radius=10)
 assert jnp.allclose(mixed, jnp.array([6.0, 8.0]))
+q = optimizers.q_init({"kernel": dense}, scale=16.0)
+assert jnp.allclose(optimizers.q_apply(q, {"kernel": dense})["kernel"], 16 * dense)
 assert len(catalog.METHODS) == 103
 for room in ("layers", "models", "training"):
     message = ""

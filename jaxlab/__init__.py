@@ -18,6 +18,7 @@ _FOLDERS = (
     "likelihoods",
     "models",
     "objective",
+    "optimizers",
     "sharpness",
     "structured",
     "training",

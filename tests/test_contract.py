@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlab import sharpness
+from jaxlab import optimizers, sharpness
 from jaxlab.likelihoods import Gaussian
 from jaxlab.objective import GaussNewton, Objective, plain
 from jaxlab.training import with_extra_args
@@ -94,6 +94,21 @@ ROWS = {
         {"probability": 0.5},
         {"transformation": sharpness.sam(0.1)},
         inside_multi_steps="refused",
+    ),
+    "scale_by_fishleg": Row(
+        optimizers.scale_by_fishleg,
+        {"damping": 0.3, "aux_step": 0.2},
+        {"pre_aux_steps": 2},
+    ),
+    "fishleg": Row(
+        optimizers.fishleg,
+        {"learning_rate": 0.5, "damping": 0.3, "momentum": 0.5, "weight_decay": 0.01},
+        {"pre_aux_steps": 2, "update_aux_every": 3},
+    ),
+    "fishleg by Adam": Row(
+        optimizers.fishleg,
+        {"learning_rate": 0.1, "damping": 0.3, "aux_step": 0.01, "init_scale": 0.5},
+        {"aux_mode": "adam", "step": "fixed", "white_directions": 0},
     ),
 }
 
@@ -206,9 +221,10 @@ def test_unknown_extra_arguments_are_dropped(row):
 @rows
 def test_inject_hyperparams(row):
     static = tuple(row.static)
-    if row.make.__module__.startswith("jaxlab.sharpness"):
-        assert set(static) <= set(sharpness.static_args(row.make))
-        static = sharpness.static_args(row.make)
+    for room in (optimizers, sharpness):
+        if row.make.__module__.startswith(room.__name__):
+            assert set(static) <= set(room.static_args(row.make))
+            static = room.static_args(row.make)
     factory = optax.inject_hyperparams(row.make, static_args=static)
     schedule = {
         name: optax.constant_schedule(value) for name, value in row.hyperparams.items()
@@ -283,7 +299,9 @@ def test_inside_multi_steps_right_or_refused_and_right_outside(row):
         grads = [_everything(params, _batch(seed=seed))[0] for seed in (1, 2)]
         mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
         tx = row.build()
-        expected, _ = tx.update(mean, tx.init(params), params)
+        # The extra arguments are those of the mini-step that ends the sum.
+        _, extra = _everything(params, _batch(seed=2))
+        expected, _ = tx.update(mean, tx.init(params), params, **extra)
         chex.assert_trees_all_close(
             _two_mini_steps(inside, params), expected, rtol=1e-5, atol=1e-6
         )

@@ -81,6 +81,7 @@ def test_signatures(function):
 BY_POSITION = {
     "asam": {"rho"},
     "densify": {"predicate"},
+    "fishleg": {"learning_rate"},
     "gradient_norm_penalty": {"alpha", "radius"},
     "hessian_operator": {"batches"},
     "hybrid": {"probability"},

@@ -1,0 +1,27 @@
+"""The page of the documentation on FishLeg does what it shows."""
+
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlab.optimizers import FishLegState
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = runpy.run_path(str(ROOT / "tests" / "pages.py"))
+
+
+def test_the_page_runs_and_learns():
+    names, _ = PAGES["run"](ROOT / "docs" / "optimizers.md")
+    floor = jnp.log(2 * jnp.pi)  # of the loss: two outputs of scale one
+    after = names["loss_fn"](names["params"], names["x"], names["y"]) - floor
+    assert after < 0.1 * (names["before"] - floor)
+    assert "hidden/kernel + hidden/bias  kronecker" in names["table"]
+    assert "full" in names["whole"]
+    assert 0.3 < names["fit"].eff <= 1
+    assert jax.tree.structure(names["natural"]) == jax.tree.structure(names["params"])
+    state = names["paper"].init(names["params"])
+    (ours,) = [s for s in state if isinstance(s, FishLegState)]
+    assert optax.tree.norm(ours.auxiliary[0].mu) == 0
