@@ -67,11 +67,13 @@ def gain(
 def of_alpha(records: list[Record]) -> dict[str, Difference]:
     """Compares each alpha with SAM at equal lambda, accuracies seed by seed.
 
-    The mean over lambda of a seed's test accuracies is one value of the pair.
+    The mean over lambda of a seed's test accuracies is one value of the pair; the
+    largest lambda, at which some runs fail, is left out.
     """
     found = {key: r for key, r in strength_of(records).items() if key[0] == "MLP-S"}
     alphas = [a for a in dict.fromkeys(a for _, a, _ in found) if a not in (SGD, "1")]
     penalties = sorted({p for _, a, p in found if a != SGD})
+    penalties = penalties[:-1] or penalties
 
     def column(alpha):
         rows = [found["MLP-S", alpha, p]["samples"]["test accuracy"] for p in penalties]
@@ -123,11 +125,27 @@ def _tuned_table(records: list[Record]) -> Table:
         f"{steps}; mean ± standard deviation of {options['seeds']} seeds. Chosen on "
         f"{noisy_digits.VALIDATION} clean rows and {options['tuning_seeds']} other "
         f"seeds from rate {grid['rate']}; decay {grid['decay']}; penalty (lambda) "
-        f"{grid['penalty']}. The last three cost two gradients a step, the others one."
+        f"{grid['penalty']}. At an end of its grid: {_at_ends(records)}. The last "
+        "three cost two gradients a step, the others one."
     )
     named = (f"{column} %" for column in columns)
     header = ("model", "method", "chosen", *named, "top eigenvalue")
     return Table("Each method tuned", header, rows, note)
+
+
+def _at_ends(records: list[Record]) -> str:
+    """Names the choices that lie at an end of their grid, where others may be better.
+
+    Early stopping has no strength and no decay is no end.
+    """
+    grid = records[0]["options"]["grid"]
+    found = [
+        f"{name} of {method} on {model}"
+        for (model, method), record in tuned_of(records).items()
+        for name, value in record["numbers"].items()
+        if name in grid and value in (min(grid[name]), max(grid[name]))
+    ]
+    return ", ".join(found) or "none"
 
 
 def _strength_table(
@@ -155,7 +173,7 @@ def _difference_table(records: list[Record]) -> Table:
         for ours, theirs in (*pairs, (BOTH, DECAY))
     ]
     rows += [
-        ("MLP-S", f"alpha {alpha} less SAM, mean over equal lambda", str(found))
+        ("MLP-S", f"alpha {alpha} less SAM, equal lambda, not the largest", str(found))
         for alpha, found in of_alpha(records).items()
     ]
     title = "Differences of test accuracy, percentage points"
@@ -199,11 +217,12 @@ def draw(records: list[Record]) -> Figure:
             start = scale * statistics.mean(found[SGD, 0.0]["samples"][name])
             axes.axhline(start, color=plots.COLOURS[2], lw=1, ls="--")
             axes.annotate(
-                "no penalty", (1, start), (0, 4), va="bottom", ha="right",
+                "no penalty", (0, start), (4, 4), va="bottom", ha="left",
                 xycoords=("axes fraction", "data"), textcoords="offset points",
             )  # fmt: skip
             for alpha, colour in zip(alphas, plots.COLOURS, strict=False):
                 points = sorted(p for a, p in found if a == alpha)
+                points = [p for p in points if not _fails(found[alpha, p])]
                 values = [
                     [scale * x for x in found[alpha, p]["samples"][name]]
                     for p in points
@@ -223,13 +242,18 @@ def draw(records: list[Record]) -> Figure:
             points = sorted({p for a, p in found if a in alphas})
             axes.set_xticks(points, [f"{p:g}" for p in points])
             axes.set_xticks([], minor=True)
-            axes.set_xlabel("lambda = alpha x radius")
+            axes.set_xlabel("lambda = alpha x radius (left out where runs fail)")
         left.set_yscale("log")
         left.set_title("Top Hessian eigenvalue, MLP-S")
         left.legend(frameon=False, fontsize=9)
         middle.set_title("Test accuracy %, MLP-S, one rate")
         _draw_tuned(right, tuned_of(records))
     return figure
+
+
+def _fails(record: Record) -> bool:
+    """Tells a strength that stops learning, where a small eigenvalue means nothing."""
+    return min(record["samples"]["test accuracy"]) < 0.8
 
 
 def _draw_tuned(axes: Any, tuned: dict[tuple[str, str], Record]) -> None:
