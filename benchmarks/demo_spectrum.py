@@ -4,11 +4,14 @@ The Hessian of the mean training loss at the end of training: its largest eigenv
 with residuals, the trace, and the nodes and weights from which the density is drawn.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from benchmarks.results import Record
 from benchmarks.tables import Table
@@ -103,7 +106,46 @@ def tables(records: list[Record]) -> list[Table]:
     return [Table("", header, rows, note)]
 
 
-def draw(axes: Any, records: list[Record], colours: dict[str, str]) -> None:
+def in_pairs(records: list[Record], kin: Mapping[str, str]) -> list[list[Record]]:
+    """Groups the records that have spectra: each model with its kin.
+
+    Args:
+      records: of the demo.
+      kin: a model's name to that of the one drawn with it; where a record is missing,
+        all are drawn together.
+    """
+    found = {r["case"]["model"]: r for r in records if "spectrum" in r}
+    if all(found.keys() >= {*pair} for pair in kin.items()):
+        return [[found[name] for name in pair] for pair in kin.items()]
+    return [list(found.values())] if found else []
+
+
+def draw_rows(
+    figure: Figure,
+    cells: Sequence[Any],
+    rows: list[list[Record]],
+    colours: Mapping[str, str],
+) -> None:
+    """Draws groups of records below each other, over one axis of eigenvalues.
+
+    Args:
+      figure: of matplotlib.
+      cells: of its grid, one for each row.
+      rows: of :func:`in_pairs`.
+      colours: by model.
+    """
+    axes = None
+    for place, (cell, records) in enumerate(zip(cells, rows, strict=True)):
+        axes = figure.add_subplot(cell, sharex=axes)
+        draw(axes, records, colours)
+        if place:
+            axes.set_title("")
+        if place < len(rows) - 1:
+            axes.set_xlabel("")
+            axes.tick_params(labelbottom=False)
+
+
+def draw(axes: Any, records: list[Record], colours: Mapping[str, str]) -> None:
     """Draws the densities on logarithmic axes, outliers marked.
 
     Args:
@@ -119,19 +161,28 @@ def draw(axes: Any, records: list[Record], colours: dict[str, str]) -> None:
         plot_density(
             density, ax=axes, color=colour, outliers=np.empty(0), decades=DECADES
         )
-        # Along the lower edge, a row for each model.
-        height = np.full(outliers.shape, 0.03 + 0.05 * place)
-        places = axes.get_xaxis_transform()
-        axes.plot(outliers, height, "^", color=colour, ms=5, transform=places)
+        # Along the lower edge, a row for each model, on panels of any height.
+        up = ScaledTranslation(0, (5 + 7 * place) / 72, axes.figure.dpi_scale_trans)
+        axes.plot(
+            outliers,
+            np.zeros(outliers.shape),
+            "^",
+            color=colour,
+            ms=6,
+            mec="white",
+            mew=0.6,
+            transform=axes.get_xaxis_transform() + up,
+        )
         highest = max(highest, float(density.density.max()))
-        axes.text(
-            1,
-            0.98 - 0.08 * place,
+        axes.annotate(
             model,
+            (1, 1),
+            (0, -2 - 14 * place),
+            xycoords="axes fraction",
+            textcoords="offset points",
             color=colour,
             ha="right",
             va="top",
-            transform=axes.transAxes,
         )
     axes.set_ylim(highest / 10**DECADES, 3 * highest)
     axes.set_ylabel("")

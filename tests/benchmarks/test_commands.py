@@ -145,12 +145,13 @@ def test_demo_writes_table_and_picture(demo_folder):
     content = json.loads((demo_folder / "table.json").read_text())
     models = [row["model"] for row in content["rows"]]
     assert models[:3] == ["dense", "Monarch", "narrower dense"]
+    assert models[3:5] == ["dense + penalty", "Monarch + penalty"]
     count = {r["case"]["model"]: r["parameters"] for r in content["records"]}
     assert count["dense"] == 85_002
     assert 0.97 * count["Monarch"] <= count["narrower dense"] <= count["Monarch"]
     assert (demo_folder / "demo.png").read_bytes().startswith(PNG)
     spectra = {r["case"]["model"] for r in content["records"] if "spectrum" in r}
-    assert spectra == {"dense", "Monarch"}
+    assert spectra == {"dense", "Monarch", "dense + penalty", "Monarch + penalty"}
     assert "top eigenvalue" in (demo_folder / "table.md").read_text()
 
 

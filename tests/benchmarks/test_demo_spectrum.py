@@ -1,16 +1,21 @@
 """The spectra in the demo: recorded, rebuilt, drawn; old records have none."""
 
+import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from matplotlib.figure import Figure
 
 from benchmarks import demo, demo_spectrum, results
 from jaxlab.curvature import spectrum_report
 from jaxlab.likelihoods import Gaussian
+from jaxlab.models import mlp_s
 from jaxlab.objective import Objective, plain
 
 SCALES = jnp.array([[6.0, 1.0, 1.0, 1.0, 1.0, 0.0]] * 2).ravel()
@@ -67,14 +72,77 @@ def test_outliers_are_marked_where_they_are(found):
     assert table.rows[0][:4] == ("dense", "7.7", "6", 12)
 
 
-def test_records_from_before_there_were_spectra_are_read(found):
+@pytest.fixture(scope="module")
+def kept():
+    """Records without spectra and without a penalty, as in the first releases."""
     (path, *_) = results.RESULTS.glob("*/demo_digits.jsonl")
-    old = [
+    names = demo.PENALISED.values()
+    return [
         {name: value for name, value in record.items() if name != "spectrum"}
         for record in results.load_results(path)
+        if record["case"]["model"] not in names
     ]
-    assert len(demo.tables(old)) == 1
-    assert len(demo.draw(old).axes) == 2
-    new = [record | {"spectrum": found} for record in old[:1]] + old[1:]
-    assert [len(t.rows) for t in demo.tables(new)] == [len(old), 1]
+
+
+def with_penalty(records):
+    """Adds the penalised rows to records of a run without them."""
+    options = {"alpha": 0.8, "radius": 0.2}
+    new = [record | {"options": record["options"] | options} for record in records]
+    plain = {record["case"]["model"]: record for record in new}
+    more = [
+        plain[old] | {"case": {"model": name}} for old, name in demo.PENALISED.items()
+    ]
+    return new + more
+
+
+def test_records_from_before_there_were_spectra_are_read(found, kept):
+    assert len(demo.tables(kept)) == 1
+    assert len(demo.draw(kept).axes) == 2
+    new = [record | {"spectrum": found} for record in kept[:1]] + kept[1:]
+    assert [len(t.rows) for t in demo.tables(new)] == [len(kept), 1]
     assert len(demo.draw(new).axes) == 3
+
+
+def test_records_from_before_there_was_a_penalty_are_read(kept):
+    assert "Penalty" not in demo.tables(kept)[0].note
+    note = demo.tables(with_penalty(kept))[0].note
+    assert "0.16 times the norm of the gradient (alpha 0.8, radius 0.2" in note
+
+
+def test_a_penalised_spectrum_stands_with_that_of_its_plain_network(found, kept):
+    both = ("dense", "Monarch")
+    plain = [
+        record | ({"spectrum": found} if record["case"]["model"] in both else {})
+        for record in kept
+    ]
+    assert len(demo.draw(plain).axes) == 3
+    records = with_penalty(plain)
+    assert [len(t.rows) for t in demo.tables(records)] == [len(records), 4]
+    *_, upper, lower = demo.draw(records).axes
+    assert [t.get_text() for t in upper.texts] == ["dense", "dense + penalty"]
+    assert [t.get_text() for t in lower.texts] == ["Monarch", "Monarch + penalty"]
+    assert upper.get_xlim() == lower.get_xlim()
+    assert upper.get_title(loc="left")
+    assert not lower.get_title(loc="left")
+
+
+def test_the_penalised_step_is_that_of_the_penalty():
+    options = dataclasses.replace(demo.PRESETS["small"], alpha=1.0, radius=3.0)
+    model = lambda: mlp_s(rngs=nnx.Rngs(0))
+    plain = demo.Run(model(), 0, 1, options)
+    penalised = demo.Run(model(), 0, 1, options, penalised=True)
+    grads = jax.tree.map(jnp.ones_like, plain.params)
+    seen = []
+
+    def grad_fn(at):
+        seen.append(at)
+        return jax.tree.map(lambda g: -g, grads)
+
+    step = lambda run, **extra: run.optimizer.update(
+        grads, run.optimizer.init(run.params), run.params, **extra
+    )[0]
+    # Alpha is 1, so the step is against the second gradient, taken 3 away.
+    first, second = step(plain), step(penalised, grad_fn=grad_fn, grad=grads)
+    chex.assert_trees_all_close(first, jax.tree.map(jnp.negative, second))
+    away = jax.tree.map(jnp.subtract, seen[0], plain.params)
+    assert float(optax.tree.norm(away)) == pytest.approx(3, rel=1e-4)
