@@ -80,12 +80,17 @@ bench: $(BENCH)
 	$(BIN)/python -m benchmarks speed monarch --preset full
 	$(BIN)/python -m benchmarks speed fit_loop --preset full
 	$(BIN)/python -m benchmarks speed curvature --preset full
+	$(BIN)/python -m benchmarks speed sharpness --preset full
 	$(BIN)/python -m benchmarks claim monarch --preset full
 	$(BIN)/python -m benchmarks claim monarch_language_model --preset full
 	$(BIN)/python -m benchmarks claim monarch_to_dense --preset full
 	$(BIN)/python -m benchmarks claim dense_to_monarch --preset full
 	$(BIN)/python -m benchmarks claim hessian_spectra --preset full
 	$(BIN)/python -m benchmarks claim sloppy_spectra --preset full
+	$(BIN)/python -m benchmarks claim gradient_norm_penalty --preset full
+	$(BIN)/python -m benchmarks claim saf --preset full
+	$(BIN)/python -m benchmarks claim pof --preset full
+	$(BIN)/python -m benchmarks claim subspaces --preset full
 	$(BIN)/python -m benchmarks report
 
 # Compiles for one TPU and one GPU that need not be here; nothing is run on them. A GPU
