@@ -18,6 +18,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._norms import wide
+
 Stream = Callable[[], Iterable[Any]]
 
 
@@ -189,13 +191,7 @@ def weight_of(batch: PyTree) -> Float[Array, ""]:
     weights = weights_of(batch)
     if weights is None:
         return jnp.asarray(float(jax.tree.leaves(batch)[0].shape[0]))
-    weights = jnp.asarray(weights)
-    return jnp.sum(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)))
-
-
-def wide(leaf: Array) -> Array:
-    """Casts to float32 at least, in which sums over parts run."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return jnp.sum(wide(weights))
 
 
 def added(sums: PyTree, weight: ArrayLike, image: PyTree) -> PyTree:

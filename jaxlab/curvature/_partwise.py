@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._norms import wide
 from jaxlab.curvature._batches import (
     Stream,
     added,
@@ -24,7 +25,6 @@ from jaxlab.curvature._batches import (
     rows_of,
     weight_of,
     weights_of,
-    wide,
 )
 from jaxlab.curvature._functions import Filled, Function
 from jaxlab.curvature._options import exact_products, under_trace
@@ -197,7 +197,7 @@ class Streamed:
 
     def __call__(self, v: PyTree) -> PyTree:
         """Multiplies a tree like the parameters, which may have holes, by A."""
-        sums = jax.tree.map(lambda x: jnp.zeros_like(wide(jnp.asarray(x))), v)
+        sums = jax.tree.map(lambda x: jnp.zeros_like(wide(x)), v)
         return image_of(self._pass("product", v, sums), v)
 
     def quadratic_form(self, v: PyTree) -> Float[Array, ""]:
@@ -217,7 +217,7 @@ class Streamed:
                 "batches as a list or one batch, which then lie on the device."
             )
         operator = self.operator.at(v)
-        v = jax.tree.map(lambda x: wide(jnp.asarray(x)), v)
+        v = jax.tree.map(lambda x: wide(x), v)
         total, start, size, first = jnp.zeros(()), 0, 0, None
         running = collections.deque()
         for batch in self.batches():

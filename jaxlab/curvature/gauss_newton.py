@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._norms import wide
 from jaxlab.curvature._batches import (
     Parts,
     as_arrays,
@@ -31,7 +32,6 @@ from jaxlab.curvature._batches import (
     collected,
     row_keys,
     rows_of,
-    wide,
 )
 from jaxlab.curvature._functions import as_function, held, hold
 from jaxlab.curvature._options import exact_products

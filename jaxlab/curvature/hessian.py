@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._norms import wide
 from jaxlab.curvature._batches import (
     as_arrays,
     check_microbatch,
     collected,
     rows_of,
-    wide,
 )
 from jaxlab.curvature._functions import as_function, is_leaf
 from jaxlab.curvature._options import exact_products

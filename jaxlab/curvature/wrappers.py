@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from jaxlab.curvature._batches import wide
+from jaxlab._norms import wide
 from jaxlab.curvature._options import as_pytree
 from jaxlab.curvature._partwise import Partwise, Streamed
 from jaxlab.curvature._vectors import Operator, is_host, prepared
@@ -182,7 +182,7 @@ class _Damped(_Wrapper):
         return jax.tree.map(shift, self.operator(v), v)
 
     def quadratic_form(self, v: PyTree) -> Float[Array, ""]:
-        squares = [jnp.sum(wide(jnp.asarray(x)) ** 2) for x in jax.tree.leaves(v)]
+        squares = [jnp.sum(wide(x) ** 2) for x in jax.tree.leaves(v)]
         return _form(self.operator, v) + self._of(squares[0]) * sum(squares)
 
     def _of(self, x: Array) -> Array:
@@ -225,7 +225,7 @@ def _form(operator, v):
     form = getattr(operator, "quadratic_form", None)
     if form is not None:
         return form(v)
-    dot = lambda x, y: jnp.sum(wide(x) * wide(jnp.asarray(y)))
+    dot = lambda x, y: jnp.sum(wide(x) * wide(y))
     return sum(jax.tree.leaves(jax.tree.map(dot, operator(v), v)))
 
 

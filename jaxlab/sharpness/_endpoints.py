@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._norms import wide
 from jaxlab.sharpness._checks import check_tree
-from jaxlab.sharpness._norms import wide
 
 Scalar = Float[Array, ""]
 

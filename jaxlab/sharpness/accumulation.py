@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxlab._norms import wide
 from jaxlab.curvature._batches import rows_of
 from jaxlab.sharpness._checks import check_count, check_numbers
-from jaxlab.sharpness._norms import wide
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
 
 _OPTIONS = ("adaptive", "eps", "mask", "normalize_reference", "point_dtype")

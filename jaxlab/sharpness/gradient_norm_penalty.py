@@ -28,9 +28,9 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab._norms import unit
 from jaxlab.sharpness._checks import check_numbers, check_tree, like
 from jaxlab.sharpness._links import at_step, checked_grad_fn
-from jaxlab.sharpness._norms import unit
 from jaxlab.sharpness.perturbation import Mask, perturb
 
 ScalarOrSchedule = ArrayLike | Callable[..., Any]

@@ -20,10 +20,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab._norms import inner, safe_norm, unit
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.sharpness._checks import check_count, check_numbers, check_tree
 from jaxlab.sharpness._links import at_step, checked_grad_fn
-from jaxlab.sharpness._norms import inner, safe_norm, unit
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient
 from jaxlab.sharpness.perturbation import Mask
 

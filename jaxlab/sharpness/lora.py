@@ -33,8 +33,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._norms import inner, wide
 from jaxlab.sharpness._checks import check_alike, check_count
-from jaxlab.sharpness._norms import inner, wide
 from jaxlab.sharpness.gradient_norm_penalty import gnp_value_and_grad
 
 

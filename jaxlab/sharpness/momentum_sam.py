@@ -26,9 +26,9 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab._norms import wide
 from jaxlab.sharpness._checks import check_alike, check_numbers, check_tree
 from jaxlab.sharpness._links import at_step
-from jaxlab.sharpness._norms import wide
 from jaxlab.sharpness.perturbation import Mask, perturb
 
 

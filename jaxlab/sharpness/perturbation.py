@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from jaxlab import trees
+from jaxlab._norms import safe_norm, wide
 from jaxlab.sharpness._checks import check_alike, check_numbers, check_tree
-from jaxlab.sharpness._norms import safe_norm, wide
 
 Mask = PyTree | Callable[[Any], Any] | None
 

@@ -31,6 +31,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxlab._norms import all_finite
 from jaxlab.sharpness._checks import check_alike, check_count, check_floating
 from jaxlab.trees import fill_holes
 
@@ -428,9 +429,8 @@ def _move(head: PyTree, direction: PyTree, step: Scalar) -> PyTree:
 
 def _is_usable(direction: PyTree) -> Bool[Array, ""]:
     leaves = list(map(jnp.asarray, jax.tree.leaves(direction)))
-    finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves], bool)
     moving = jnp.array([jnp.any(leaf != 0) for leaf in leaves], bool)
-    return jnp.all(finite) & jnp.any(moving)
+    return all_finite(direction) & jnp.any(moving)
 
 
 def _scalar(name: str, loss, *, keep: bool = False) -> Scalar:

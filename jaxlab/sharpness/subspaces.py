@@ -25,6 +25,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._norms import wide
 from jaxlab.sharpness._checks import check_alike, check_count, check_tree
 from jaxlab.sharpness._endpoints import (
     combine,
@@ -33,7 +34,6 @@ from jaxlab.sharpness._endpoints import (
     spread,
     weighted_point,
 )
-from jaxlab.sharpness._norms import wide
 
 Scalar = Float[Array, ""]
 Mask = PyTree | Callable[[PyTree], PyTree] | None

@@ -22,11 +22,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._norms import safe_norm, unit, wide
 from jaxlab.curvature._options import exact_products
 from jaxlab.optimizers.fisher_legendre.blocks import check_like
 from jaxlab.optimizers.fisher_legendre.factors import InverseFisher, q_apply
@@ -67,7 +67,7 @@ def fishleg_auxiliary_loss(
     """
     check_like("fishleg_auxiliary_loss", q.blocks, u, "u")
     with jax.named_scope("fishleg_auxiliary_loss"), exact_products():
-        u = _unit(u) if normalize else _wide(u)
+        u = unit(u, 0.0) if normalize else jax.tree.map(wide, u)
         z = q_apply(q, u)
         return _loss(u, z, _damped(fisher_vp, z, damping))
 
@@ -117,16 +117,16 @@ def fishleg_auxiliary_gradient(
         )
     check_like(name, q.blocks, u, "u")
     with jax.named_scope(name), exact_products():
-        size = _norm(u)
-        u = _unit(u) if normalize == "gradient" else _wide(u)
+        size = safe_norm(u)
+        u = unit(u, 0.0) if normalize == "gradient" else jax.tree.map(wide, u)
         z, pull = jax.vjp(lambda q: q_apply(q, u), q)
         product = _damped(fisher_vp, z, damping)
         residual = optax.tree.sub(product, u)
         shrink = 1.0
         loss = _loss(u, z, product)
         if normalize == "product":
-            shrink = 1 / jnp.maximum(_norm(z) * size, jnp.finfo(jnp.float32).tiny)
-            loss = loss / jnp.maximum(size**2, jnp.finfo(jnp.float32).tiny)
+            shrink = 1 / (safe_norm(z) * size)
+            loss = loss / size**2
         residual = optax.tree.scale(shrink, residual)
         if precondition:
             residual = optax.tree.scale(shrink, q_apply(q, residual))
@@ -140,17 +140,3 @@ def _damped(fisher_vp: Operator, z: PyTree, damping: ArrayLike) -> PyTree:
 
 def _loss(u: PyTree, z: PyTree, product: PyTree) -> Float[Array, ""]:
     return 0.5 * optax.tree.vdot(z, product) - optax.tree.vdot(u, z)
-
-
-def _wide(tree: PyTree) -> PyTree:
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.tree.map(lambda x: wide(jnp.asarray(x)), tree)
-
-
-def _norm(tree: PyTree) -> Float[Array, ""]:
-    return optax.tree.norm(_wide(tree))
-
-
-def _unit(tree: PyTree) -> PyTree:
-    size = jnp.maximum(_norm(tree), jnp.finfo(jnp.float32).tiny)
-    return jax.tree.map(lambda x: x / size.astype(x.dtype), _wide(tree))

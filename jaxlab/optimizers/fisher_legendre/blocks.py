@@ -25,7 +25,9 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
+
+from jaxlab._norms import wide
 
 Kind = Literal["kronecker", "scaled", "embedding", "diagonal", "full"]
 Rule = Callable[[str, tuple[int, ...]], str | None] | Mapping[str, str] | None
@@ -83,7 +85,7 @@ def gather(blocks: tuple[Block, ...], tree: PyTree) -> dict[str, Array]:
     leaves = _leaves(tree)
     found = {}
     for block in blocks:
-        kernel, *bias = (_wide(leaves[path]) for path in block.paths)
+        kernel, *bias = (wide(leaves[path]) for path in block.paths)
         matrix = kernel.reshape(*block.batch, -1, block.columns)
         if bias:
             matrix = jnp.concatenate([bias[0][..., None, :], matrix], axis=-2)
@@ -183,11 +185,6 @@ def _path(path: Any) -> str:
 
 def _leaves(tree: PyTree) -> dict[str, Any]:
     return {_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _wide(leaf: Any) -> Float[Array, "..."]:
-    leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _kind(name: str, rule: Rule, path: str, leaf: Any) -> Kind:

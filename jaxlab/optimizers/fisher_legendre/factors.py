@@ -192,6 +192,16 @@ def q_dense(q: InverseFisher, like: PyTree) -> Float[Array, "p p"]:
     return full_matrix(jax.tree_util.Partial(q_apply, q), like)
 
 
+def check_group(name: str, q: InverseFisher) -> None:
+    """Refuses blocks that the group step cannot move."""
+    scaled = [block.name for block in q.blocks if block.kind == "scaled"]
+    if scaled:
+        raise ValueError(
+            f'{name}: blocks of kind "scaled" ({scaled}) have no group step; choose '
+            'another kind, or aux_mode="adam".'
+        )
+
+
 def whiten(q: InverseFisher, matrices: dict[str, Array]) -> dict[str, Array]:
     """Applies C to the matrices of the blocks."""
     found = {}
@@ -228,9 +238,7 @@ def from_left(side: Side | None, factor: Array | None, u: Array) -> Array:
         return u
     if side.diagonal:
         return factor[..., :, None] * u
-    cut = split(side, u, axis=-2)
-    product = factor @ cut
-    return join(side, product, u.shape[-2], axis=-2)
+    return join(side, factor @ split(side, u), u.shape[-2])
 
 
 def from_right(side: Side | None, factor: Array | None, u: Array) -> Array:
@@ -243,21 +251,18 @@ def from_right(side: Side | None, factor: Array | None, u: Array) -> Array:
     return jnp.swapaxes(turned, -1, -2)
 
 
-def split(side: Side, u: Array, *, axis: int) -> Array:
-    """Cuts the rows (``axis=-2``) of matrices into the parts of a side."""
-    if axis != -2:
-        u = jnp.swapaxes(u, -1, -2)
+def split(side: Side, u: Array) -> Array:
+    """Cuts the rows of matrices into the parts of a side."""
     missing = side.count * side.size - u.shape[-2]
     if missing:
         u = jnp.pad(u, [(0, 0)] * (u.ndim - 2) + [(0, missing), (0, 0)])
     return u.reshape(*u.shape[:-2], side.count, side.size, u.shape[-1])
 
 
-def join(side: Side, parts: Array, length: int, *, axis: int) -> Array:
+def join(side: Side, parts: Array, length: int) -> Array:
     """Undoes :func:`split`."""
     shape = (*parts.shape[:-3], side.count * side.size, parts.shape[-1])
-    u = parts.reshape(shape)[..., :length, :]
-    return u if axis == -2 else jnp.swapaxes(u, -1, -2)
+    return parts.reshape(shape)[..., :length, :]
 
 
 def _initial(block: Block, scale: ArrayLike, zeros: Array) -> Factors:

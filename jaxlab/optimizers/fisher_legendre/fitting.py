@@ -21,6 +21,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxlab._norms import all_finite
 from jaxlab.curvature._options import as_pytree, exact_products
 from jaxlab.curvature._vectors import is_host, prepared
 from jaxlab.objective import GaussNewton, Objective
@@ -91,12 +92,12 @@ def fishleg_warm_start(
         )
 
     @jax.jit
-    def step(key, q, gradient, batch):
+    def step(key, q, gradient, params, model_state, batch):
         at = {"key": jax.random.fold_in(key, 0), "train": True}
         operator = GaussNewton(objective, params, model_state, batch, **at)
         if gradient is None:
             gradient = objective.value_and_grad(params, model_state, batch, **at)[1]
-        new, _ = fishleg_group_step(
+        new, error = fishleg_group_step(
             jax.random.fold_in(key, 1),
             q,
             [gradient],
@@ -105,16 +106,13 @@ def fishleg_warm_start(
             step=aux_step,
             white_directions=white_directions,
         )
-        return jax.tree.map(lambda n, o: jnp.where(good(new), n, o), new, q), gradient
-
-    def good(tree):
-        return jnp.all(
-            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
-        )
+        good = all_finite((new, error))
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, q), gradient
 
     q, gradient, number = found[0].q, None, -1
     for number, batch in enumerate(batches):
-        q, gradient = step(jax.random.fold_in(key, number), q, gradient, batch)
+        ours = jax.random.fold_in(key, number)
+        q, gradient = step(ours, q, gradient, params, model_state, batch)
     if number < 0:
         raise ValueError(f"{name}: batches must hold at least one batch.")
     put = lambda node: node._replace(q=q) if is_ours(node) else node
@@ -232,7 +230,7 @@ def _fit(key, operator, q, like, numbers, *, white_directions, num_probes):
 
     def more(carry):
         _, error, steps = carry
-        return (steps < max_steps) & ~(error <= tol)
+        return (steps < max_steps) & ((steps == 0) | ~(error <= tol))
 
     def body(carry):
         q, error, steps = carry
@@ -249,11 +247,9 @@ def _fit(key, operator, q, like, numbers, *, white_directions, num_probes):
         share = jnp.maximum(_SMOOTHING, 1 / (steps + 1.0))
         return new, error + share * (now - error), steps + 1
 
-    start = (q, jnp.float32(jnp.inf), jnp.int32(0))
-    # The first error replaces the infinite start.
-    first = body((q, jnp.float32(0), jnp.int32(0)))
-    start = jax.lax.cond(max_steps > 0, lambda: first, lambda: start)
+    start = (q, jnp.float32(0), jnp.int32(0))
     q, error, steps = jax.lax.while_loop(more, body, start)
+    error = jnp.where(steps > 0, error, jnp.inf)
     keys = jax.random.split(probes_key, num_probes)
     eff = jnp.mean(
         jax.lax.map(lambda k: _efficiency(k, operator, q, like, damping), keys)

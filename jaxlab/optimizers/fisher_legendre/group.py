@@ -43,6 +43,7 @@ from jaxlab.optimizers.fisher_legendre.blocks import (
 from jaxlab.optimizers.fisher_legendre.factors import (
     Factors,
     InverseFisher,
+    check_group,
     colour,
     split,
     whiten,
@@ -103,12 +104,7 @@ def fishleg_group_step(
         raise ValueError(f"{name}: white_directions={white_directions} needs a key.")
     if not gradients and like is None:
         raise ValueError(f"{name}: without gradients give like=, a tree like params.")
-    scaled = [block.name for block in q.blocks if block.kind == "scaled"]
-    if scaled:
-        raise ValueError(
-            f"{name}: the scale of {scaled} has no group step; choose another kind, or "
-            'aux_mode="adam".'
-        )
+    check_group(name, q)
     for gradient in gradients:
         check_like(name, q.blocks, gradient, "a gradient")
     with jax.named_scope(name), exact_products():
@@ -193,7 +189,7 @@ def _moved_side(
     assert side is not None
     if side.diagonal:
         return _moved_diagonal(factor, eps, rho, step, axes=(0, -1))
-    eps, rho = (split(side, u, axis=-2) for u in (eps, rho))
+    eps, rho = (split(side, u) for u in (eps, rho))
     product = jnp.einsum("m...ab,m...cb->...ac", rho, eps)
     length = jnp.maximum(_top_of_gram(eps), jnp.finfo(eps.dtype).tiny)[..., None, None]
     move = (product + jnp.swapaxes(product, -1, -2)) / length

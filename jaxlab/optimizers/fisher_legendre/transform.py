@@ -25,13 +25,19 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxlab._norms import all_finite, inner, wide, zeros_wide
 from jaxlab.curvature._options import exact_products
 from jaxlab.optimizers.fisher_legendre.auxiliary import (
     Normalize,
     fishleg_auxiliary_gradient,
 )
 from jaxlab.optimizers.fisher_legendre.blocks import Rule
-from jaxlab.optimizers.fisher_legendre.factors import InverseFisher, q_apply, q_init
+from jaxlab.optimizers.fisher_legendre.factors import (
+    InverseFisher,
+    check_group,
+    q_apply,
+    q_init,
+)
 from jaxlab.optimizers.fisher_legendre.group import fishleg_group_step
 
 ScalarOrSchedule = ArrayLike | Callable[..., Any]
@@ -182,17 +188,13 @@ def scale_by_fishleg(
     def init(params: PyTree) -> FishLegState:
         q = q_init(params, scale=init_scale, rule=rule, max_size=max_size)
         if group:
-            _check_group(name, q)
-        zeros = lambda: jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)),
-            params,
-        )
+            check_group(name, q)
         first = damping.initial if isinstance(damping, LevenbergMarquardt) else 0.0
         return FishLegState(
             jnp.zeros((), jnp.int32),
             q,
             () if group else optimizer.init(q),
-            tuple(zeros() for _ in range(gradient_directions - 1)),
+            tuple(zeros_wide(params) for _ in range(gradient_directions - 1)),
             jnp.asarray(first, jnp.float32),
             jnp.zeros((), jnp.float32),
             jnp.zeros((), jnp.int32),
@@ -247,7 +249,7 @@ def scale_by_fishleg(
                 )
                 moves, moved = optimizer.update(slope, opt_state, q)
                 new = optax.apply_updates(q, moves)
-            good = _finite((new, fit))
+            good = all_finite((new, fit))
             keep = lambda one, two: jnp.where(good, one, two)
             q = jax.tree.map(keep, new, q)
             if not group:
@@ -275,10 +277,7 @@ def scale_by_fishleg(
                     )
                     ratio = (value_fn(there) - value) / (-0.5 * length * along)
                     new_gamma = _adapted(damping, state.damping, ratio)
-        recent = tuple(
-            jax.tree.map(lambda u: u.astype(jnp.promote_types(u.dtype, jnp.float32)), g)
-            for g in gradients[: gradient_directions - 1]
-        )
+        recent = jax.tree.map(wide, gradients[: gradient_directions - 1])
         count = optax.safe_increment(count)
         return direction, FishLegState(
             count, q, opt_state, recent, new_gamma, fit, skipped
@@ -401,17 +400,13 @@ def _model(
     gradient: PyTree, direction: PyTree, fisher_vp: Any, damping: Any
 ) -> tuple[Array, Array]:
     """Gives ``g.d`` and ``d.(F + damping) d``."""
-    wide = lambda tree: jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
-    )
     with exact_products():
         form = getattr(fisher_vp, "quadratic_form", None)
         if form is None:
-            bend = optax.tree.vdot(wide(direction), wide(fisher_vp(direction)))
+            bend = inner(direction, fisher_vp(direction))
         else:
             bend = form(direction)
-    square = optax.tree.norm(wide(direction), squared=True)
-    return optax.tree.vdot(wide(gradient), wide(direction)), bend + damping * square
+    return inner(gradient, direction), bend + damping * inner(direction, direction)
 
 
 def _adapted(rule: LevenbergMarquardt, damping: Array, ratio: Array) -> Array:
@@ -437,10 +432,6 @@ def _mean_gradient(
     return jax.tree.map(lambda *parts: sum(parts) / len(parts), *found)
 
 
-def _finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
 def _check_arguments(name, params, fisher_vp, key, white_directions) -> None:
     if params is None:
         raise ValueError(f"{name}: call update(grads, state, params, ...) with params.")
@@ -461,15 +452,6 @@ def _check_arguments(name, params, fisher_vp, key, white_directions) -> None:
             f"{name} needs key= for its {white_directions} white direction(s): call "
             "update(..., key=key) with a fresh key each step, or make it with "
             "white_directions=0."
-        )
-
-
-def _check_group(name: str, q: InverseFisher) -> None:
-    scaled = [block.name for block in q.blocks if block.kind == "scaled"]
-    if scaled:
-        raise ValueError(
-            f'{name}: blocks of kind "scaled" ({scaled}) have no group step; use '
-            'aux_mode="adam" or another kind.'
         )
 
 

@@ -1,4 +1,4 @@
-"""Norms and inner products of trees as one vector, in float32 at least."""
+"""Trees as one vector: norms, inner products, finiteness; float32 at least."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,17 @@ def wide(leaf: ArrayLike) -> Array:
     """Gives an array of float32 at least."""
     leaf = jnp.asarray(leaf)
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def zeros_wide(tree: PyTree) -> PyTree:
+    """Makes zeros like a tree, of float32 at least."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(wide(leaf)), tree)
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Tells whether every number of a tree is finite."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves], bool).all()
 
 
 def inner(one: PyTree, two: PyTree) -> Array:
