@@ -110,6 +110,10 @@ ROWS = {
         {"learning_rate": 0.1, "damping": 0.3, "aux_step": 0.01, "init_scale": 0.5},
         {"aux_mode": "adam", "step": "fixed", "white_directions": 0},
     ),
+    "annealed_gradient_noise": Row(
+        optimizers.annealed_gradient_noise, {"eta": 0.3, "gamma": 0.55}
+    ),
+    "running_median": Row(optimizers.running_median, {}, {"window": 3}),
 }
 
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -79,9 +79,11 @@ def test_signatures(function):
 # Signatures that read best as they are: these arguments are data, not options, or the
 # leading hyperparameters of a transformation, as in optax.
 BY_POSITION = {
+    "annealed_gradient_noise": {"eta", "gamma"},
     "asam": {"rho"},
     "densify": {"predicate"},
     "fishleg": {"learning_rate"},
+    "gradient_noise_schedule": {"eta", "gamma"},
     "gradient_norm_penalty": {"alpha", "radius"},
     "hessian_operator": {"batches"},
     "hybrid": {"probability"},

@@ -8,6 +8,8 @@ from typing import Any
 _HYPERPARAMETERS = {
     "aux_step",
     "damping",
+    "eta",
+    "gamma",
     "init_scale",
     "learning_rate",
     "momentum",
@@ -19,7 +21,7 @@ def static_args(optimizer: Callable[..., Any]) -> tuple[str, ...]:
     """Names the arguments that ``optax.inject_hyperparams`` must leave alone.
 
     Args:
-      optimizer: ``fishleg`` or ``scale_by_fishleg``.
+      optimizer: ``fishleg``, ``annealed_gradient_noise`` or another of this room.
 
     Returns:
       For ``optax.inject_hyperparams(fishleg, static_args=static_args(fishleg))``:

@@ -137,7 +137,7 @@ def test_functions_of_the_inverse():
     with pytest.raises(ValueError, match=r"give like="):
         step(KEY, [])
     scaled = q_init(PARAMS, rule={"kernel": "scaled"})
-    with pytest.raises(ValueError, match=r"has no group step"):
+    with pytest.raises(ValueError, match=r"have no group step"):
         fishleg_group_step(KEY, scaled, [PARAMS], IDENTITY, damping=0.1)
 
 
