@@ -88,6 +88,7 @@ bench: $(BENCH)
 	$(BIN)/python -m benchmarks claim hessian_spectra --preset full
 	$(BIN)/python -m benchmarks claim sloppy_spectra --preset full
 	$(BIN)/python -m benchmarks claim gradient_norm_penalty --preset full
+	$(BIN)/python -m benchmarks claim fishleg --preset full
 	$(BIN)/python -m benchmarks claim saf --preset full
 	$(BIN)/python -m benchmarks claim pof --preset full
 	$(BIN)/python -m benchmarks claim subspaces --preset full
