@@ -1,6 +1,7 @@
 """FishLeg in an optimizer: its start, its step, its cadence, its company."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -354,6 +355,31 @@ def test_low_precision_params_keep_wide_factors():
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     chex.assert_tree_all_finite(updates)
     assert state[0].skipped == 0
+
+
+def test_convolutions_of_auxiliary_steps_have_the_layout_that_is_fast():
+    """In the compiled loop, where XLA on CPUs leaves every other layout slow."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=layout)
+
+    def apply_fn(params, x):
+        x = jnp.tanh(convolve(x, params["one"], (2, 2), "SAME"))
+        return jnp.mean(convolve(x, params["two"], (1, 1), "SAME"), axis=(1, 2))
+
+    objective = Objective(plain(apply_fn), Gaussian())
+    params = {"one": jnp.ones((3, 3, 1, 4)) / 9, "two": jnp.ones((3, 3, 4, 3)) / 36}
+    batch = (jnp.ones((8, 6, 6, 1)), jnp.zeros((8, 3)))
+    optimizer = scale_by_fishleg(white_directions=0)
+
+    def update(grads, state, params, batch):
+        operator = GaussNewton(objective, params, (), batch)
+        return optimizer.update(grads, state, params, fisher_vp=operator)
+
+    arguments = params, optimizer.init(params), params, batch
+    text = jax.jit(update).lower(*arguments).compile().as_text()
+    found = re.findall(r"convolution\(.*dim_labels=(\S+->\w+)", text)
+    assert len(found) == 10
+    assert set(found) == {"b01f_01io->b01f"}
 
 
 def test_factors_of_stacked_layers_are_sharded_with_them():

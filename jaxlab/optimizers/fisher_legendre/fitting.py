@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxlab._norms import all_finite
+from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._options import as_pytree, exact_products
 from jaxlab.curvature._vectors import is_host, prepared
 from jaxlab.objective import GaussNewton, Objective
@@ -225,7 +226,7 @@ def inverse_fisher(
 
 def _fit(key, operator, q, like, numbers, *, white_directions, num_probes):
     damping, step, tol, max_steps = numbers
-    operator = prepared(operator)
+    operator = for_branches(prepared(operator))
     steps_key, probes_key = jax.random.split(key)
 
     def more(carry):

@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlab._norms import all_finite, inner, wide, zeros_wide
+from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._options import exact_products
 from jaxlab.optimizers.fisher_legendre.auxiliary import (
     Normalize,
@@ -220,6 +221,7 @@ def scale_by_fishleg(
         count = state.count
         gamma = state.damping if adaptive else _at(damping, count)
         gradients = (updates, *state.recent)[:gradient_directions]
+        fisher_in_loop = for_branches(fisher_vp)
 
         def auxiliary(index, carry):
             q, opt_state, before, skipped = carry
@@ -229,7 +231,7 @@ def scale_by_fishleg(
                     ours,
                     q,
                     gradients,
-                    fisher_vp,
+                    fisher_in_loop,
                     damping=gamma,
                     step=_at(mu, count),
                     white_directions=white_directions,
@@ -240,7 +242,7 @@ def scale_by_fishleg(
                     ours,
                     q,
                     gradients,
-                    fisher_vp,
+                    fisher_in_loop,
                     white_directions,
                     updates,
                     damping=gamma,
