@@ -21,10 +21,13 @@ from jaxlab.layers.conversion import (
 )
 from jaxlab.layers.monarch import MonarchLinear
 from jaxlab.layers.monarch_stack import MonarchStack
+from jaxlab.layers.self_tuning import SelfTuningConv, SelfTuningLinear
 
 __all__ = [
     "MonarchLinear",
     "MonarchStack",
+    "SelfTuningConv",
+    "SelfTuningLinear",
     "densify",
     "densify_params",
     "monarchize",

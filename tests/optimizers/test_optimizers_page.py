@@ -1,4 +1,4 @@
-"""The page of the documentation on FishLeg does what it shows."""
+"""The page of the documentation on optimizers does what it shows."""
 
 import pathlib
 import runpy
@@ -25,3 +25,10 @@ def test_the_page_runs_and_learns():
     state = names["paper"].init(names["params"])
     (ours,) = [s for s in state if isinstance(s, FishLegState)]
     assert optax.tree.norm(ours.auxiliary[0].mu) == 0
+    assert 0 < names["coherence"].m_coherence < 1  # trained: they cancel
+    moved = optax.tree.norm(names["robust"])
+    assert 0 < moved < jnp.inf
+    start, metrics = names["start"], names["metrics"]
+    assert jax.tree.structure(names["state"].params) == jax.tree.structure(start)
+    assert bool(metrics.tuned) and float(metrics.train_loss) < 0.5
+    assert 0 < names["found"]["dropout"] < 0.9
