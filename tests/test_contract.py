@@ -114,6 +114,17 @@ ROWS = {
         optimizers.annealed_gradient_noise, {"eta": 0.3, "gamma": 0.55}
     ),
     "running_median": Row(optimizers.running_median, {}, {"window": 3}),
+    "sgld": Row(
+        optimizers.sgld,
+        {"step_size": 0.01, "temperature": 0.5, "prior_precision": 1.0},
+        {"num_data": 16},
+    ),
+    "psgld": Row(
+        optimizers.psgld,
+        {"step_size": 0.01, "temperature": 0.5, "prior_precision": 1.0},
+        {"num_data": 16, "eps": 0.1},
+    ),
+    "scale_by_power": Row(optimizers.scale_by_power, {"alpha": 1.2}),
 }
 
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

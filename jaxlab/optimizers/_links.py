@@ -6,6 +6,7 @@ from typing import Any
 
 # What may follow a schedule; everything else that an optimizer is made from is static.
 _HYPERPARAMETERS = {
+    "alpha",
     "aux_step",
     "damping",
     "eta",
@@ -13,6 +14,9 @@ _HYPERPARAMETERS = {
     "init_scale",
     "learning_rate",
     "momentum",
+    "prior_precision",
+    "step_size",
+    "temperature",
     "weight_decay",
 }
 

@@ -30,5 +30,13 @@ def test_the_page_runs_and_learns():
     assert 0 < moved < jnp.inf
     start, metrics = names["start"], names["metrics"]
     assert jax.tree.structure(names["state"].params) == jax.tree.structure(start)
-    assert bool(metrics.tuned) and float(metrics.train_loss) < 0.5
+    assert bool(metrics.tuned)
+    assert float(metrics.train_loss) < 0.5
     assert 0 < names["found"]["dropout"] < 0.9
+    losses = names["log_loss"]
+    assert losses.loss < losses.members.mean()
+    assert 0 <= names["off"] < 0.2
+    plain_run, sparse_run = names["plain_run"], names["sparse_run"]
+    assert bool(plain_run.reached)
+    assert bool(sparse_run.reached)
+    assert names["sparsity"][1] > names["sparsity"][0] + 0.3
