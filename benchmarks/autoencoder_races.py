@@ -1,6 +1,7 @@
-"""Races on the digits auto-encoder: the same start and batches for every optimizer.
+"""Races on auto-encoders: the same start and batches for every optimizer.
 
-64-48-24-12-24-48-64 with ReLU on pixels in [0, 1]. The objective is the Bernoulli
+On digits 64-48-24-12-24-48-64, on 2,000 images of CURVES 784-400-200-100-50-25-6 and
+its mirror image, with ReLU on pixels in [0, 1]. The objective is the Bernoulli
 negative log-likelihood, summed over pixels and averaged over the rows of the batch,
 plus ``DECAY/2 ||theta||^2``; what is reported is the likelihood alone, on all training
 rows and on the rows held out. Rates are constant, but for those on a cosine from the
@@ -26,21 +27,27 @@ from flax import nnx
 from benchmarks import noisy_digits, timing
 from benchmarks.paired import finite
 from jaxlab.curvature import ggn_operator
-from jaxlab.datasets import load
+from jaxlab.datasets import curves, load
 from jaxlab.likelihoods import Bernoulli
-from jaxlab.models import autoencoder_digits
+from jaxlab.models import autoencoder_curves, autoencoder_digits
 from jaxlab.optimizers import FishLegState, fishleg, q_apply
 
 SGD, ADAM, FREE = "SGD, momentum", "Adam", "schedule-free AdamW"
 MUON, SOPHIA = "Muon", "Sophia"
 ADAM_COSINE, MUON_COSINE = "Adam, cosine", "Muon, cosine"
 FISHLEG, PAPER, EXACT = "FishLeg", "FishLeg, paper's form", "exact"
+APART = "FishLeg, directions apart, sides whole"  # what the defaults came from
 RIVALS = (SGD, ADAM, FREE, MUON, SOPHIA)
 COSINES = (ADAM_COSINE, MUON_COSINE)
-UNTUNED = (FISHLEG, EXACT)
+UNTUNED = (FISHLEG, APART, EXACT)
 IDENTITY, KFAC = "identity", "kfac-jax"
 
 TRAIN, HELD_OUT = "train", "held-out"
+BEST = "train, best rate of the seed"
+FIRST_TUNING_SEED = 1_000
+DIGITS, CURVES = "digits", "curves"
+BATCH = {DIGITS: 100, CURVES: 200}
+IMAGES = 2_000  # of CURVES, to train on and held out
 LIKELIHOOD = Bernoulli()
 DECAY = 1e-5
 DAMPING = 0.3  # FishLeg's default, for the exact direction too
@@ -54,33 +61,45 @@ Numbers = tuple[jax.Array, jax.Array]
 
 
 @functools.cache
-def _graph() -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: autoencoder_digits(rngs=nnx.Rngs(0))))[0]
+def _graph(net: str) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: _model(net, nnx.Rngs(0))))[0]
 
 
-@jax.jit
-def fresh(key: jax.Array) -> Params:
+def _model(net: str, rngs: nnx.Rngs) -> nnx.Module:
+    return {DIGITS: autoencoder_digits, CURVES: autoencoder_curves}[net](rngs=rngs)
+
+
+@functools.partial(jax.jit, static_argnames="net")
+def fresh(key: jax.Array, net: str = DIGITS) -> Params:
     """Draws the parameters of a start."""
-    state = nnx.split(autoencoder_digits(rngs=nnx.Rngs(key)), nnx.Param)[1]
-    return nnx.to_pure_dict(state)
+    return nnx.to_pure_dict(nnx.split(_model(net, nnx.Rngs(key)), nnx.Param)[1])
 
 
-def apply_fn(params: Params, x: jax.Array) -> jax.Array:
-    return nnx.merge(_graph(), params)(x)
+def apply_fn(params: Params, x: jax.Array, net: str = DIGITS) -> jax.Array:
+    return nnx.merge(_graph(net), params)(x)
 
 
-def loss_fn(params: Params, x: jax.Array) -> jax.Array:
-    return LIKELIHOOD.nll(apply_fn(params, x), x)
+def loss_fn(params: Params, x: jax.Array, net: str = DIGITS) -> jax.Array:
+    return LIKELIHOOD.nll(apply_fn(params, x, net), x)
 
 
 @functools.cache
-def data() -> dict[str, jax.Array]:
+def data(net: str = DIGITS) -> dict[str, jax.Array]:
     """Loads the rows to train on and those held out."""
+    if net == CURVES:
+        (rows, _), _ = curves(train=2 * IMAGES, test=1).splits.values()
+        return {TRAIN: jnp.asarray(rows[:IMAGES]), HELD_OUT: jnp.asarray(rows[IMAGES:])}
     parts = [load("digits").splits[name][0] for name in ("train", "validation", "test")]
     return {
         TRAIN: jnp.asarray(parts[0]),
         HELD_OUT: jnp.asarray(np.concatenate(parts[1:])),
     }
+
+
+def head(net: str = DIGITS) -> dict[str, str]:
+    """Names the data of a record."""
+    found = curves(train=2 * IMAGES, test=1) if net == CURVES else load("digits")
+    return {"name": found.name, "digest": found.digest}
 
 
 def exact_natural_gradient(
@@ -110,6 +129,8 @@ def make(method: str, numbers: Numbers) -> optax.GradientTransformationExtraArgs
     rate, horizon = numbers
     if method == FISHLEG:
         return fishleg(weight_decay=DECAY)
+    if method == APART:
+        return fishleg(weight_decay=DECAY, combine=False, max_size=1024)
     if method == PAPER:
         return fishleg(
             rate,
@@ -150,12 +171,14 @@ class Batches(NamedTuple):
     key: jax.Array
 
 
-def batches(seed: int, *, batch_size: int, steps: int) -> tuple[Params, Batches]:
+def batches(
+    seed: int, *, batch_size: int, steps: int, net: str = DIGITS
+) -> tuple[Params, Batches]:
     """Draws a start and the batches of every step, without replacement in an epoch."""
     start, order, noise = jax.random.split(jax.random.key(seed), 3)
-    rows = data()[TRAIN]
+    rows = data(net)[TRAIN]
     sizes = {"rows": len(rows), "batch_size": batch_size, "steps": steps}
-    return fresh(start), Batches(rows, noisy_digits.batches(order, **sizes), noise)
+    return fresh(start, net), Batches(rows, noisy_digits.batches(order, **sizes), noise)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -164,22 +187,28 @@ def begin(method: str, numbers: Numbers, params: Params) -> Run:
     return Run(params, make(method, numbers).init(params))
 
 
-@functools.partial(jax.jit, static_argnames="method")
+@functools.partial(jax.jit, static_argnames=("method", "net"))
 def advance(
-    method: str, numbers: Numbers, run: Run, batches: Batches, ends: tuple[int, int]
+    method: str,
+    numbers: Numbers,
+    run: Run,
+    batches: Batches,
+    ends: tuple[int, int],
+    net: str = DIGITS,
 ) -> Run:
     """Takes the steps ``ends[0]`` to ``ends[1] - 1``."""
     optimizer = make(method, numbers)
+    apply = functools.partial(apply_fn, net=net)
 
     def step(number, run):
         x = batches.rows[batches.index[number]]
-        value_fn = lambda params: loss_fn(params, x)
+        value_fn = lambda params: loss_fn(params, x, net)
         updates, state = optimizer.update(
             jax.grad(value_fn)(run.params),
             run.state,
             run.params,
             obj_fn=value_fn,
-            fisher_vp=ggn_operator(apply_fn, LIKELIHOOD, run.params, (x, None)),
+            fisher_vp=ggn_operator(apply, LIKELIHOOD, run.params, (x, None)),
             key=jax.random.fold_in(batches.key, number),
         )
         return Run(optax.apply_updates(run.params, updates), state)
@@ -187,27 +216,38 @@ def advance(
     return jax.lax.fori_loop(*ends, step, run)
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def losses(method: str, run: Run, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("method", "net"))
+def losses(
+    method: str, run: Run, rows: dict[str, jax.Array], net: str = DIGITS
+) -> dict[str, jax.Array]:
     """Computes the losses; of schedule-free methods those of the averaged params."""
     params = run.params
     if method == FREE:
         params = optax.contrib.schedule_free_eval_params(run.state[1], params)
-    return {name: loss_fn(params, x) for name, x in rows.items()}
+    return {name: loss_fn(params, x, net) for name, x in rows.items()}
 
 
-# One run, and the same for several rates side by side.
+# One run, and the same for several rates side by side, which pays on a small net.
 ONE = begin, advance, losses
 SEVERAL = (
     jax.jit(jax.vmap(begin, (None, (0, None), None)), static_argnums=0),
-    jax.jit(jax.vmap(advance, (None, (0, None), 0, None, None)), static_argnums=0),
-    jax.jit(jax.vmap(losses, (None, 0, None)), static_argnums=0),
+    jax.jit(
+        jax.vmap(advance, (None, (0, None), 0, None, None, None)),
+        static_argnums=(0, 5),
+    ),
+    jax.jit(jax.vmap(losses, (None, 0, None, None)), static_argnums=(0, 3)),
 )
 NOTHING = np.float32(0), np.float32(0)  # numbers of methods that read none
 
 
 def race(
-    method: str, rates: Sequence[float], seed: int, *, marks: Sequence[int], batch: int
+    method: str,
+    rates: Sequence[float],
+    seed: int,
+    *,
+    marks: Sequence[int],
+    batch: int,
+    net: str = DIGITS,
 ) -> dict[str, np.ndarray]:
     """Runs a method at every rate, or once without one, and judges it at the marks.
 
@@ -217,25 +257,94 @@ def race(
       seed: of start, order and noise.
       marks: steps, ascending.
       batch: rows of a step.
+      net: DIGITS or CURVES.
 
     Returns:
       Losses ``(rates, marks)`` by rows; the grid counts as one rate where none is read.
     """
-    params, given = batches(seed, batch_size=batch, steps=max(marks))
+    start = batches(seed, batch_size=batch, steps=max(marks), net=net)
     # One run by itself shares its program with those that are measured otherwise.
-    alone = method in UNTUNED
-    starts, goes, judges = ONE if alone else SEVERAL
-    rates = NOTHING[0] if alone else jnp.asarray(rates, jnp.float32)
+    if method in UNTUNED:
+        found = [_judged(method, NOTHING[0], start, marks, net, ONE)]
+    elif net == DIGITS:
+        every = jnp.asarray(rates, jnp.float32)
+        losses = _judged(method, every, start, marks, net, SEVERAL)
+        found = [{n: at[..., i] for n, at in losses.items()} for i in range(len(rates))]
+    else:
+        each = [np.float32(rate) for rate in rates]
+        found = [_judged(method, rate, start, marks, net, ONE) for rate in each]
+    return {name: np.stack([one[name] for one in found]) for name in data(net)}
+
+
+def _judged(method, rates, start, marks, net, programs) -> dict[str, np.ndarray]:
+    """Judges one run, or several, at the marks, which become the leading axis."""
+    starts, goes, judges = programs
+    params, given = start
     found, before, run = [], 0, None
     for mark in marks:
-        numbers = NOTHING if alone else (rates, jnp.float32(mark))
+        numbers = rates, np.float32(mark)
         if run is None or method in COSINES:
             before, run = 0, starts(method, numbers, params)
-        run = goes(method, numbers, run, given, (before, mark))
-        found.append(jax.device_get(judges(method, run, data())))
+        run = goes(method, numbers, run, given, (before, mark), net)
+        found.append(jax.device_get(judges(method, run, data(net), net)))
         before = mark
-    columns = {name: np.stack([at[name] for at in found], axis=-1) for name in data()}
-    return {name: np.atleast_2d(losses) for name, losses in columns.items()}
+    return {name: np.stack([at[name] for at in found]) for name in data(net)}
+
+
+def raced(
+    method: str,
+    rates: Sequence[float],
+    marks: Sequence[int],
+    *,
+    batch: int,
+    seeds: int,
+    tuning_seeds: int,
+    net: str = DIGITS,
+    hindsight: bool = True,
+) -> dict[str, Any]:
+    """Tunes a method for each mark and runs it on the judged seeds.
+
+    Args:
+      method: by name.
+      rates: the grid.
+      marks: steps, ascending.
+      batch: rows of a step.
+      seeds: that are judged, from 0 on.
+      tuning_seeds: other seeds, which choose the rate for each mark.
+      net: DIGITS or CURVES.
+      hindsight: run the judged seeds at every rate, not only at those chosen.
+
+    Returns:
+      ``samples``: losses by rows, seeds and marks, and, with hindsight, the training
+      losses at the best rate of each seed. Where there is a rate also ``numbers``, one
+      for each mark, and ``tuning``, the mean training losses by rate.
+    """
+    sizes = {"marks": marks, "batch": batch, "net": net}
+    numbers, best = {}, [0] * len(marks)
+    if method not in UNTUNED:
+        seeds_apart = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
+        tuning = np.stack([race(method, rates, s, **sizes)[TRAIN] for s in seeds_apart])
+        best = chosen(tuning)
+        means = np.vectorize(finite)(tuning).mean(0)
+        numbers = {
+            "numbers": [rates[i] for i in best],
+            "tuning": {
+                f"{r:g}": _rounded(m) for r, m in zip(rates, means, strict=True)
+            },
+        }
+        if not hindsight:
+            kept = sorted(set(best))
+            rates, best = [rates[i] for i in kept], [kept.index(i) for i in best]
+    found = [race(method, rates, seed, **sizes) for seed in range(seeds)]
+    take = lambda losses: _rounded(losses[best, range(len(marks))])
+    samples = {name: [take(one[name]) for one in found] for name in found[0]}
+    if hindsight:
+        samples[BEST] = [_rounded(np.vectorize(finite)(f[TRAIN]).min(0)) for f in found]
+    return {"marks": list(marks), "samples": samples, **numbers}
+
+
+def _rounded(losses: np.ndarray) -> list[float]:
+    return [float(f"{finite(float(loss)):.6g}") for loss in losses]
 
 
 def chosen(tuning: np.ndarray) -> list[int]:
@@ -312,29 +421,29 @@ DENSE = 100  # steps
 PHASES = {"first": (0, 1), "dense": (20, 30), "late": (200, 210)}
 
 
-def phase_name(phase: str) -> str:
-    return f"{FISHLEG}, {phase}"
+def phase_name(phase: str, method: str = FISHLEG) -> str:
+    return f"{method}, {phase}"
 
 
 def step_seconds(
-    methods: Sequence[str], *, batch: int, steps: int, rounds: int
+    methods: Sequence[str], *, batch: int, steps: int, rounds: int, net: str = DIGITS
 ) -> dict[str, list[float]]:
     """Times a step of each method in interleaved rounds; Adam is the baseline.
 
     Batches beyond ``steps`` are the last one again.
     """
-    params, given = batches(0, batch_size=batch, steps=steps)
+    params, given = batches(0, batch_size=batch, steps=steps, net=net)
     numbers = np.float32(0.01), np.float32(steps)
     calls, counts = {}, {}
     for method in methods:
         run = begin(method, numbers, params)
-        phases = PHASES if method == FISHLEG else {"": PHASES["dense"]}
+        phases = PHASES if method in (FISHLEG, APART) else {"": PHASES["dense"]}
         for phase, ends in phases.items():
-            name = phase_name(phase) if phase else method
+            name = phase_name(phase, method) if phase else method
             # The count in the state rules the cadence: bring it where it belongs.
-            at = advance(method, numbers, run, given, (0, ends[0]))
+            at = advance(method, numbers, run, given, (0, ends[0]), net)
             calls[name] = lambda m=method, at=at, ends=ends: advance(
-                m, numbers, at, given, ends
+                m, numbers, at, given, ends, net
             )
             counts[name] = ends[1] - ends[0]
     found = timing.measure(calls, baseline=ADAM, rounds=rounds).samples

@@ -1,4 +1,4 @@
-"""Tables and picture of the claim on FishLeg, from its records."""
+"""Tables and pictures of the claims on FishLeg, from their records."""
 
 import math
 import statistics
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import autoencoder_races as races
 from benchmarks import plots, timing
 from benchmarks.autoencoder_races import (
     ADAM,
+    CURVES,
+    DIGITS,
     EXACT,
     FISHLEG,
     HELD_OUT,
@@ -26,7 +29,6 @@ from benchmarks.paired import spread
 from benchmarks.results import Record
 from benchmarks.tables import Table
 
-BATCH = 100
 RACE, SIZES, FIT, TIME = "race", "sizes", "fit", "time"
 
 
@@ -71,15 +73,20 @@ def seconds_of(record: Record, method: str, steps: Sequence[int]) -> list[float]
 
 
 def tables(records: list[Record]) -> list[Table]:
-    """Writes losses, batch sizes, fit and time."""
+    """Writes losses, batch sizes and fit where they were taken, and time."""
+    tasks = {record["case"]["task"] for record in records}
     return [
         _losses(records, TRAIN),
         _losses(records, HELD_OUT),
-        _sizes(records),
-        _fit(only(records, FIT)),
+        *([_sizes(records)] if SIZES in tasks else []),
+        *([_fit(only(records, FIT))] if FIT in tasks else []),
         _time(only(records, TIME)),
         _equal_time(records),
     ]
+
+
+def net_of(records: list[Record]) -> str:
+    return CURVES if records[0]["data"]["name"] == "curves" else DIGITS
 
 
 def _rates(record: Record, marks: Sequence[int]) -> str:
@@ -115,15 +122,18 @@ def _losses(records: list[Record], what: str) -> Table:
     rows.append((KFAC, "none", *["*unavailable*"] * len(marks)))
     goals = ", ".join(f"{goal:g}" for goal in options["goals"])
     edges = "; ".join(ends(list(race.values()))) or "none"
+    exact = (
+        f" {EXACT}: FishLeg's step with the exact direction, the damping the same, by "
+        f"{races.PRODUCTS} products."
+    )
     notes = {
-        TRAIN: "All training rows, at each of the four steps with the rate chosen for "
-        f"it from {len(options['rates'])} on {options['tuning_seeds']} other seeds; "
+        TRAIN: "All training rows, at each of the steps with the rate chosen for it "
+        f"from {len(options['rates'])} on {options['tuning_seeds']} other seeds; "
         f"mean ± standard deviation of {options['seeds']} seeds. At an end of the "
-        f"grid: {edges}. {EXACT}: FishLeg's step with the exact direction, the damping "
-        f"the same, by {races.PRODUCTS} products. {KFAC} is not installed; the goals "
-        f"{goals} stand for it.",
+        f"grid: {edges}.{exact if EXACT in race else ''} {KFAC} is not installed; the "
+        f"goals {goals} stand for it.",
         HELD_OUT: "The same runs, rates chosen by training loss, on "
-        f"{len(races.data()[HELD_OUT])} rows held out.",
+        f"{len(races.data(net_of(records))[HELD_OUT])} rows held out.",
     }
     titles = {TRAIN: "Training loss by steps", HELD_OUT: "Held-out loss by steps"}
     header = ("method", "rates", *(str(mark) for mark in marks))
@@ -150,8 +160,8 @@ def _sizes(records: list[Record]) -> Table:
         ("batch", "method", "rates", *(str(mark) for mark in marks)),
         rows,
         f"{options['size_seeds']} seeds and as many to tune on, rates from "
-        f"{len(options['size_rates'])}, but for batch {BATCH}, which is the race. At "
-        f"an end of the grid: {edges or 'none'}.",
+        f"{len(options['size_rates'])}, but for batch {races.BATCH[DIGITS]}, which is "
+        f"the race. At an end of the grid: {edges or 'none'}.",
     )
 
 
@@ -239,47 +249,28 @@ def draw(records: list[Record]) -> Figure:
     """Draws the race by steps, the lead by batch size, and the race by seconds."""
     race, seconds = race_of(records), only(records, TIME)
     options = records[0]["options"]
-    top = min(30.0, max(at(race[FISHLEG], options["judged"][0])) + 10)
+    first = max(at(race[FISHLEG], options["judged"][0]))
+    top = min(1.75 * first, first + 40)
+    several = any(record["case"]["task"] == SIZES for record in records)
     with rc_context(plots.STYLE):
-        figure = Figure(figsize=(12, 4), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
+        figure = Figure(figsize=(12 if several else 9, 4), layout="constrained")
+        panels = list(figure.subplots(1, 3 if several else 2))
+        left, right = panels[0], panels[-1]
         for name, colour in COLOURS.items():
+            if name not in race:
+                continue
             marks, look = race[name]["marks"], {"color": colour, "lw": 1.6}
             short = [mark for mark in marks if mark in options["marks"]]
             left.plot(short, _means(race[name], short), label=name, **look)
             if name in options["timed"]:
                 spent = seconds_of(seconds, name, marks)
                 right.plot(spent, _means(race[name], marks), **look)
-        marks = race[EXACT]["marks"]
-        losses = _means(race[EXACT], marks)
-        left.plot(marks, losses, "--", color="black", lw=1, label="exact direction")
-        for method in (ADAM, MUON):
-            found = sizes(records)
-            for mark, style in (
-                (options["judged"][0], "--"),
-                (options["judged"][-1], "-"),
-            ):
-                leads = [
-                    statistics.mean(at(of[method], mark))
-                    - statistics.mean(at(of[FISHLEG], mark))
-                    for of in found.values()
-                ]
-                middle.plot(
-                    list(found),
-                    leads,
-                    style,
-                    marker="o",
-                    ms=4,
-                    color=COLOURS[method],
-                    label=f"{method}, step {mark}",
-                )
-        middle.axhline(0, color="#666666", lw=1)
-        middle.set_xscale("log")
-        middle.set_xticks(list(sizes(records)), [str(b) for b in sizes(records)])
-        middle.minorticks_off()
-        middle.set_xlabel("batch size")
-        middle.set_title("Loss of the rival less FishLeg's")
-        middle.legend(frameon=False, fontsize=9)
+        if EXACT in race:
+            marks = race[EXACT]["marks"]
+            look = {"color": "black", "lw": 1, "label": "exact direction"}
+            left.plot(marks, _means(race[EXACT], marks), "--", **look)
+        if several:
+            _draw_leads(panels[1], records)
         for axes, title, label in (
             (left, "Training loss by steps", "steps"),
             (right, "Training loss by seconds", "seconds, median step"),
@@ -289,9 +280,27 @@ def draw(records: list[Record]) -> Figure:
             axes.set_ylim(None, top)
             axes.set_xlabel(label)
             axes.set_title(title)
-        for axes in (left, middle, right):
+        for axes in panels:
             axes.grid(color="#e4e4e4", lw=0.6)
             axes.set_axisbelow(True)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=7, frameon=False)
     return figure
+
+
+def _draw_leads(axes: Axes, records: list[Record]) -> None:
+    """Draws the lead over Adam and Muon by batch size."""
+    found, judged = sizes(records), records[0]["options"]["judged"]
+    for method in (ADAM, MUON):
+        for mark, style in ((judged[0], "--"), (judged[-1], "-")):
+            mean = lambda record, mark=mark: statistics.mean(at(record, mark))
+            leads = [mean(of[method]) - mean(of[FISHLEG]) for of in found.values()]
+            look = {"color": COLOURS[method], "label": f"{method}, step {mark}"}
+            axes.plot(list(found), leads, style, marker="o", ms=4, **look)
+    axes.axhline(0, color="#666666", lw=1)
+    axes.set_xscale("log")
+    axes.set_xticks(list(found), [str(batch) for batch in found])
+    axes.minorticks_off()
+    axes.set_xlabel("batch size")
+    axes.set_title("Loss of the rival less FishLeg's")
+    axes.legend(frameon=False, fontsize=9)

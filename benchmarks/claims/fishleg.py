@@ -24,15 +24,14 @@ Reference: Garcia, Freddi, Fotiadis, Li, Vakili, Bernacchia and Hennequin,
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
-
-import numpy as np
 
 from benchmarks import autoencoder_races as races
 from benchmarks import noisy_digits
 from benchmarks.autoencoder_races import (
     ADAM,
+    BEST,
     COSINES,
     EXACT,
     FISHLEG,
@@ -40,10 +39,9 @@ from benchmarks.autoencoder_races import (
     PAPER,
     RIVALS,
     TRAIN,
-    UNTUNED,
+    raced,
 )
 from benchmarks.fishleg_tables import (
-    BATCH,
     FIT,
     RACE,
     SIZES,
@@ -53,20 +51,18 @@ from benchmarks.fishleg_tables import (
     race_of,
     tables,
 )
-from benchmarks.paired import difference, finite
+from benchmarks.paired import difference
 from benchmarks.results import Record
 from benchmarks.tables import Verdict
 
 __all__ = ["CLAIM", "PRESETS", "draw", "run", "tables", "verdict"]
 
+BATCH = races.BATCH[races.DIGITS]
 CLAIM = (
     "On the digits auto-encoder at batch 100 FishLeg with its defaults has a lower "
     "training loss per step than tuned SGD with momentum, Adam, schedule-free AdamW, "
     "Muon and Sophia at 50, 100, 200 and 500 steps on every seed."
 )
-
-FIRST_TUNING_SEED = 1_000
-BEST = "train, best rate of the seed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,46 +117,6 @@ PRESETS = {
         rounds=20,
     ),
 }
-
-
-def raced(
-    method: str,
-    rates: Sequence[float],
-    marks: Sequence[int],
-    *,
-    batch: int,
-    seeds: int,
-    tuning_seeds: int,
-) -> dict[str, Any]:
-    """Tunes a method for each mark and runs it on the judged seeds.
-
-    Returns:
-      ``samples``: losses by rows, seeds and marks, and the training losses at the best
-      rate of each seed. Where there is a rate also ``numbers``, one for each mark, and
-      ``tuning``, the mean training losses by rate.
-    """
-    run = lambda seed: races.race(method, rates, seed, marks=marks, batch=batch)
-    numbers, best = {}, [0] * len(marks)
-    if method not in UNTUNED:
-        seeds_apart = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
-        tuning = np.stack([run(seed)[TRAIN] for seed in seeds_apart])
-        best = races.chosen(tuning)
-        means = np.vectorize(finite)(tuning).mean(0)
-        numbers = {
-            "numbers": [rates[i] for i in best],
-            "tuning": {
-                f"{r:g}": _rounded(m) for r, m in zip(rates, means, strict=True)
-            },
-        }
-    found = [run(seed) for seed in range(seeds)]
-    take = lambda losses: _rounded(losses[best, range(len(marks))])
-    samples = {name: [take(one[name]) for one in found] for name in found[0]}
-    samples[BEST] = [_rounded(np.vectorize(finite)(f[TRAIN]).min(0)) for f in found]
-    return {"marks": list(marks), "samples": samples, **numbers}
-
-
-def _rounded(losses: np.ndarray) -> list[float]:
-    return [float(f"{finite(float(loss)):.6g}") for loss in losses]
 
 
 def run(options: Options, progress: Callable[..., Any]) -> Iterator[dict[str, Any]]:

@@ -210,8 +210,8 @@ def test_the_share_is_one_for_the_inverse_and_does_not_mind_a_scale():
 
 
 def test_rates_are_chosen_for_each_mark_on_other_seeds(monkeypatch):
-    def race(method, rates, seed, *, marks, batch):
-        tuning = seed >= claim.FIRST_TUNING_SEED
+    def race(method, rates, seed, *, marks, batch, net):
+        tuning = seed >= races.FIRST_TUNING_SEED
         # The second rate is best at the first mark; judged seeds say the opposite.
         table = np.array([[3.0, 1.0], [2.0, 5.0]]) if tuning else np.eye(2)
         return {TRAIN: table + seed % 2, HELD_OUT: 10 + table}

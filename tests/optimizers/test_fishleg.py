@@ -79,14 +79,24 @@ def trained(optimizer, steps, params=None):
 NO_AUX = {"pre_aux_steps": 0, "dense_until": 0, "update_aux_every": 1_000}
 
 
-def test_before_the_first_auxiliary_step_it_is_sgd_with_momentum():
+def test_before_the_first_auxiliary_step_it_is_sgd_with_momentum_to_the_bit():
     ours = fishleg(
-        0.5, step="fixed", momentum=0.9, init_scale=0.1, white_directions=0, **NO_AUX
+        2.0**-6,
+        step="fixed",
+        momentum=0.9,
+        init_scale=16.0,
+        white_directions=0,
+        **NO_AUX,
     )
-    theirs = optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.05))
-    found, *_ = trained(ours, 5)
-    expected, *_ = trained(optax.with_extra_args_support(theirs), 5)
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    theirs = optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.25))
+    params = params_of()
+    states = [optimizer.init(params) for optimizer in (ours, theirs)]
+    fisher = {"fisher_vp": lambda v: v}
+    for number in range(5):
+        grads = params_of(seed=number)  # the same bits for both
+        found, states[0] = ours.update(grads, states[0], params, **fisher)
+        expected, states[1] = theirs.update(grads, states[1])
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_the_quadratic_step_is_one_at_the_exact_inverse():
@@ -102,6 +112,35 @@ def test_the_quadratic_step_is_one_at_the_exact_inverse():
         gradient, state, params, fisher_vp=lambda v: {"v": curve * v["v"]}
     )
     np.testing.assert_allclose(direction["v"], gradient["v"] / (curve + 0.1), rtol=1e-5)
+
+
+def test_after_a_jump_of_the_loss_the_step_is_shorter():
+    """A model's decrease of more than four times the largest of late is not trusted."""
+    optimizer = scale_by_fishleg(damping=1.0, white_directions=0, **NO_AUX)
+    curvature, w = jnp.array([3.0, 1.0]), jnp.ones(2)
+
+    def update(scale, state):
+        gradient = scale * jnp.array([1.0, 2.0])
+        step, state = optimizer.update(
+            gradient, state, w, fisher_vp=lambda v: curvature * v
+        )
+        decrease = gradient @ step - 0.5 * step @ ((curvature + 1) * step)
+        return step, state, float(decrease)
+
+    first, state, before = update(1.0, optimizer.init(w))
+    _, state, same = update(1.0, state)
+    np.testing.assert_allclose([same, float(state.decrease)], before, rtol=1e-5)
+    step, state, after = update(1.9, state)  # 3.6 times the decrease
+    np.testing.assert_allclose(step, 1.9 * first, rtol=1e-5)
+    np.testing.assert_allclose(after, 1.9**2 * before, rtol=1e-5)
+    step, state, after = update(1e3, state)
+    np.testing.assert_allclose(after, 4 * 1.9**2 * before, rtol=1e-2)
+    np.testing.assert_allclose(step[1] / step[0], first[1] / first[0], rtol=1e-5)
+    _, faded, _ = update(1.0, state)  # small steps are what they were
+    np.testing.assert_allclose(faded.decrease, 0.9 * float(state.decrease), rtol=1e-5)
+    _, state, _ = update(jnp.nan, state)
+    step, _, _ = update(1.0, state)
+    np.testing.assert_allclose(step, first, rtol=1e-5)
 
 
 def test_the_step_uses_a_quadratic_form_where_there_is_one():

@@ -1,5 +1,6 @@
 """The group step: its gradients by brute force, its fixed point, its convergence."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,3 +183,59 @@ def test_it_stays_positive_definite_under_a_hostile_operator(x64):
 
     q, _ = jax.lax.scan(body, q, jax.random.split(jax.random.key(0), 50))
     assert np.linalg.eigvalsh(q_dense(q, like))[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("gradients", "white", "combine", "products"),
+    [(1, 1, True, 1), (1, 1, False, 2), (2, 1, True, 2), (1, 3, True, 3)],
+)
+def test_a_product_for_each_direction(gradients, white, combine, products):
+    like, calls = {"kernel": jnp.ones((2, 3))}, []
+
+    def operator(v):
+        calls.append(1)
+        return v
+
+    fishleg_group_step(
+        jax.random.key(0),
+        q_init(like),
+        [like] * gradients,
+        operator,
+        damping=0.1,
+        white_directions=white,
+        combine=combine,
+    )
+    assert len(calls) == products
+
+
+def test_white_directions_are_signs_and_half_of_them_joins_the_gradient(x64):
+    """With Q = I what is asked of F are the directions themselves, up to scale."""
+    like, asked = {"kernel": jnp.zeros((7, 9)), "v": jnp.zeros(5)}, []
+
+    def operator(v):
+        asked.append(v)
+        return v
+
+    gradient = optax.tree.random_like(jax.random.key(1), like, jax.random.normal)
+    q = q_init(like, scale=1.0)
+
+    def step(number, **options):
+        asked.clear()
+        key = jax.random.key(number)
+        fishleg_group_step(key, q, [gradient], operator, damping=0.1, **options)
+        return asked
+
+    joined = step(3)[0]
+    apart = step(3, combine=False)
+    scaled, signs = apart
+    for leaf in jax.tree.leaves(scaled):
+        np.testing.assert_allclose(jnp.mean(leaf**2), 1, rtol=1e-6)
+    for leaf in jax.tree.leaves(signs):
+        np.testing.assert_allclose(jnp.abs(leaf), 1, rtol=1e-6)
+    chex.assert_trees_all_close(
+        joined, jax.tree.map(lambda g, s: g + s / 2, scaled, signs), rtol=1e-6
+    )
+    other = step(4, combine=False)[1]
+    agreement = jnp.mean(signs["kernel"] * other["kernel"])
+    assert abs(agreement) < 0.4  # 63 signs: 3 deviations
+    assert abs(jnp.mean(signs["kernel"])) < 0.4

@@ -46,6 +46,7 @@ KEY = jax.random.key(0)
         ({"init_scale": -1.0}, r"init_scale must be > 0"),
         ({"white_directions": -1}, r"white_directions must be an integer >= 0"),
         ({"gradient_directions": 0.5}, r"gradient_directions must be an integer"),
+        ({"aux_mode": "adam", "combine": True}, r"combine belongs to"),
         ({"gradient_directions": 0, "white_directions": 0}, r"at least one direction"),
         ({"precondition": True}, r"belong to aux_mode=\"adam\""),
         ({"aux_optimizer": optax.sgd(0.1)}, r"belong to aux_mode=\"adam\""),

@@ -127,7 +127,7 @@ def check_like(name: str, blocks: tuple[Block, ...], tree: PyTree, what: str) ->
             )
 
 
-def describe_blocks(params: PyTree, *, rule: Rule = None, max_size: int = 1024) -> str:
+def describe_blocks(params: PyTree, *, rule: Rule = None, max_size: int = 256) -> str:
     """Writes which parameter gets which block, one line each.
 
     Args:

@@ -75,7 +75,7 @@ class InverseFisher:
 
 
 def q_init(
-    params: PyTree, *, scale: ArrayLike = 10.0, rule: Rule = None, max_size: int = 1024
+    params: PyTree, *, scale: ArrayLike = 10.0, rule: Rule = None, max_size: int = 256
 ) -> InverseFisher:
     """Makes the inverse Fisher ``scale`` times the identity.
 

@@ -159,7 +159,7 @@ def inverse_fisher(
     max_steps: ArrayLike = 1000,
     num_probes: int = 4,
     rule: Rule = None,
-    max_size: int = 1024,
+    max_size: int = 256,
 ) -> InverseFisherFit:
     """Fits a structured inverse of ``F + damping`` to an operator.
 

@@ -5,6 +5,8 @@ learnt beside the parameters, and goes as far along d = Q g as the quadratic mod
 
     theta <- theta - lr alpha d,   alpha = g.d / (d.F d + gamma ||d||^2).
 
+The model's decrease ``alpha g.d / 2`` is held to four times the largest of the steps
+before, which fades by a tenth with each: after a jump of the loss the step is shorter.
 Q starts as a multiple of the identity. An auxiliary step, at every step at first and at
 every tenth later, moves its factors towards the minimum of the auxiliary loss: by the
 group step (:mod:`.group`; the default, a variant of ours) or by Adam as in the paper
@@ -40,6 +42,9 @@ from jaxlab.optimizers.fisher_legendre.factors import (
     q_init,
 )
 from jaxlab.optimizers.fisher_legendre.group import fishleg_group_step
+
+_GROWTH = 4.0  # of the decrease of the model, over the largest of late
+_FADING = 0.9  # of the largest of late, in a step
 
 ScalarOrSchedule = ArrayLike | Callable[..., Any]
 
@@ -78,6 +83,7 @@ class FishLegState(NamedTuple):
       fit: the auxiliary loss (Adam), or the mean of ``||rho||^2 / ||eps||^2`` (group)
         of the last auxiliary step, before it.
       skipped: auxiliary steps that were not finite and were not taken.
+      decrease: of the quadratic model, the largest of recent steps.
 
     Examples:
       >>> state = scale_by_fishleg().init({"w": jnp.ones((2, 2))})
@@ -92,6 +98,7 @@ class FishLegState(NamedTuple):
     damping: Float[Array, ""]
     fit: Float[Array, ""]
     skipped: Int[Array, ""]
+    decrease: Float[Array, ""]
 
 
 def scale_by_fishleg(
@@ -102,12 +109,13 @@ def scale_by_fishleg(
     aux_step: ScalarOrSchedule | None = None,
     gradient_directions: int = 1,
     white_directions: int = 1,
+    combine: bool | None = None,
     pre_aux_steps: ArrayLike = 20,
     dense_until: ArrayLike = 100,
     update_aux_every: ArrayLike = 10,
     init_scale: ArrayLike = 10.0,
     rule: Rule = None,
-    max_size: int = 1024,
+    max_size: int = 256,
     aux_optimizer: optax.GradientTransformation | None = None,
     normalize: Normalize = "gradient",
     precondition: bool = False,
@@ -120,21 +128,25 @@ def scale_by_fishleg(
     :func:`jaxlab.training.make_train_step` passes both. What stands in front of it (a
     clipped, averaged or penalised gradient) is what it multiplies.
 
-    An auxiliary step costs ``gradient_directions + white_directions`` Fisher products
-    and a few products with the factors; the quadratic step one forward-mode pass.
+    An auxiliary step costs a product with the Fisher for each direction, the gradient
+    and the white one counting as one where they are combined, and a few products with
+    the factors; the quadratic step one forward-mode pass.
 
     Args:
       aux_mode: "group" or, as in the paper, "adam".
       step: "quadratic" scales ``Q g`` by the minimum of the quadratic model along it,
-        "fixed" leaves it as it is.
+        or less where the model promises far more than it did lately; "fixed" leaves it
+        as it is.
       damping: gamma, > 0, in the units of F: a number, a schedule, or
         :class:`LevenbergMarquardt`, which needs ``value=`` and ``value_fn=`` and the
         quadratic step.
       aux_step: mu of the group step, in (0, 1), or Adam's rate; ``None`` takes 0.25 or
         1e-3.
       gradient_directions: this step's gradient and so many less one before it.
-      white_directions: random directions: white after whitening ("group"), or
+      white_directions: random directions: signs after whitening ("group"), or
         u ~ N(0, I) ("adam").
+      combine: as in :func:`fishleg_group_step`, with ``aux_mode="group"``; ``None``
+        takes True there.
       pre_aux_steps: auxiliary steps in the first update, all on its batch. For other
         batches see :func:`fishleg_warm_start`.
       dense_until: steps before which every update has an auxiliary step.
@@ -176,6 +188,8 @@ def scale_by_fishleg(
         white_directions=white_directions,
         init_scale=init_scale,
     )
+    if not group and combine is not None:
+        raise ValueError(f'{name}: combine belongs to aux_mode="group".')
     if group and (aux_optimizer is not None or precondition):
         raise ValueError(
             f'{name}: aux_optimizer and precondition belong to aux_mode="adam".'
@@ -199,6 +213,7 @@ def scale_by_fishleg(
             jnp.asarray(first, jnp.float32),
             jnp.zeros((), jnp.float32),
             jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.float32),
         )
 
     def update(
@@ -235,6 +250,7 @@ def scale_by_fishleg(
                     damping=gamma,
                     step=_at(mu, count),
                     white_directions=white_directions,
+                    combine=combine is not False,
                     like=updates,
                 )
             else:
@@ -266,10 +282,12 @@ def scale_by_fishleg(
         with jax.named_scope(name):
             q, opt_state, fit, skipped = jax.lax.fori_loop(0, steps, auxiliary, carry)
             direction = q_apply(q, updates)
-            new_gamma = state.damping
+            new_gamma, decrease = state.damping, state.decrease
             if step == "quadratic":
                 along, bend = _model(updates, direction, fisher_vp, gamma)
                 length = jnp.where(bend > 0, along / jnp.where(bend > 0, bend, 1), 0.0)
+                share, decrease = _trusted(0.5 * length * along, state.decrease)
+                length = share * length
                 direction = jax.tree.map(
                     lambda d: (length * d).astype(d.dtype), direction
                 )
@@ -277,12 +295,14 @@ def scale_by_fishleg(
                     there = jax.tree.map(
                         lambda p, d: p - d.astype(p.dtype), params, direction
                     )
-                    ratio = (value_fn(there) - value) / (-0.5 * length * along)
+                    ratio = (value_fn(there) - value) / (
+                        length * (0.5 * length * bend - along)
+                    )
                     new_gamma = _adapted(damping, state.damping, ratio)
         recent = jax.tree.map(wide, gradients[: gradient_directions - 1])
         count = optax.safe_increment(count)
         return direction, FishLegState(
-            count, q, opt_state, recent, new_gamma, fit, skipped
+            count, q, opt_state, recent, new_gamma, fit, skipped, decrease
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -299,12 +319,13 @@ def fishleg(
     aux_step: ScalarOrSchedule | None = None,
     gradient_directions: int = 1,
     white_directions: int = 1,
+    combine: bool | None = None,
     pre_aux_steps: ArrayLike = 20,
     dense_until: ArrayLike = 100,
     update_aux_every: ArrayLike = 10,
     init_scale: ArrayLike = 10.0,
     rule: Rule = None,
-    max_size: int = 1024,
+    max_size: int = 256,
     aux_optimizer: optax.GradientTransformation | None = None,
     normalize: Normalize = "gradient",
     precondition: bool = False,
@@ -325,6 +346,7 @@ def fishleg(
       aux_step: of the auxiliary steps.
       gradient_directions: gradients that Q is fitted to.
       white_directions: random directions that Q is fitted to.
+      combine: add them to the gradients.
       pre_aux_steps: auxiliary steps in the first update.
       dense_until: steps with an auxiliary step each.
       update_aux_every: the cadence after them.
@@ -376,6 +398,7 @@ def fishleg(
             aux_step=aux_step,
             gradient_directions=gradient_directions,
             white_directions=white_directions,
+            combine=combine,
             pre_aux_steps=pre_aux_steps,
             dense_until=dense_until,
             update_aux_every=update_aux_every,
@@ -409,6 +432,23 @@ def _model(
         else:
             bend = form(direction)
     return inner(gradient, direction), bend + damping * inner(direction, direction)
+
+
+def _trusted(decrease: Array, recent: Array) -> tuple[Array, Array]:
+    """Shortens a step whose decrease of the model is far beyond those of late.
+
+    Where the model fails it fails upwards: a loss that has jumped has huge gradients,
+    and the next step would be longer still.
+
+    Gives the share of the step that is left, and the largest decrease of late.
+    """
+    decrease = decrease.astype(jnp.float32)
+    most = jnp.where(recent > 0, _GROWTH * recent, jnp.inf)
+    excess = jnp.maximum(decrease / most, 1.0)
+    # A share s of the step makes 2 s - s^2 of its decrease.
+    share = 1 / (excess + jnp.sqrt(excess * (excess - 1)))
+    kept = jnp.maximum(jnp.minimum(decrease, most), _FADING * recent)
+    return share, jnp.where(jnp.isfinite(decrease), kept, recent)
 
 
 def _adapted(rule: LevenbergMarquardt, damping: Array, ratio: Array) -> Array:
