@@ -34,12 +34,13 @@ from jaxlab.optimizers.fisher_legendre.auxiliary import (
     Normalize,
     fishleg_auxiliary_gradient,
 )
-from jaxlab.optimizers.fisher_legendre.blocks import Rule
+from jaxlab.optimizers.fisher_legendre.blocks import Rule, check_like, gather, scatter
 from jaxlab.optimizers.fisher_legendre.factors import (
     InverseFisher,
     check_group,
-    q_apply,
+    colour,
     q_init,
+    whiten,
 )
 from jaxlab.optimizers.fisher_legendre.group import fishleg_group_step
 
@@ -228,6 +229,7 @@ def scale_by_fishleg(
         **extra_args,
     ):
         _check_arguments(name, params, fisher_vp, key, white_directions)
+        check_like(name, state.q.blocks, updates, "updates")
         if adaptive and (value is None or value_fn is None):
             raise ValueError(
                 f"{name}: damping=LevenbergMarquardt() needs value= and value_fn= in "
@@ -281,10 +283,14 @@ def scale_by_fishleg(
         carry = state.q, state.auxiliary, state.fit, state.skipped
         with jax.named_scope(name):
             q, opt_state, fit, skipped = jax.lax.fori_loop(0, steps, auxiliary, carry)
-            direction = q_apply(q, updates)
+            # Products of matrices, one for each block: leaves are twice as many.
+            gradient = gather(q.blocks, updates)
+            along_q = colour(q, whiten(q, gradient))
+            direction = scatter(q.blocks, along_q, updates)
             new_gamma, decrease = state.damping, state.decrease
             if step == "quadratic":
-                along, bend = _model(updates, direction, fisher_vp, gamma)
+                along = inner(gradient, along_q)
+                bend = _bend(direction, fisher_vp) + gamma * inner(along_q, along_q)
                 length = jnp.where(bend > 0, along / jnp.where(bend > 0, bend, 1), 0.0)
                 share, decrease = _trusted(0.5 * length * along, state.decrease)
                 length = share * length
@@ -421,17 +427,13 @@ def _at(value: ScalarOrSchedule, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def _model(
-    gradient: PyTree, direction: PyTree, fisher_vp: Any, damping: Any
-) -> tuple[Array, Array]:
-    """Gives ``g.d`` and ``d.(F + damping) d``."""
+def _bend(direction: PyTree, fisher_vp: Any) -> Array:
+    """Gives ``d.F d``, by the operator's own way where it has one."""
     with exact_products():
         form = getattr(fisher_vp, "quadratic_form", None)
         if form is None:
-            bend = inner(direction, fisher_vp(direction))
-        else:
-            bend = form(direction)
-    return inner(gradient, direction), bend + damping * inner(direction, direction)
+            return inner(direction, fisher_vp(direction))
+        return form(direction)
 
 
 def _trusted(decrease: Array, recent: Array) -> tuple[Array, Array]:
