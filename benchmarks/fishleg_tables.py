@@ -73,15 +73,14 @@ def seconds_of(record: Record, method: str, steps: Sequence[int]) -> list[float]
 
 
 def tables(records: list[Record]) -> list[Table]:
-    """Writes losses, batch sizes and fit where they were taken, and time."""
+    """Writes losses, and batch sizes, fit and time where they were taken."""
     tasks = {record["case"]["task"] for record in records}
     return [
         _losses(records, TRAIN),
         _losses(records, HELD_OUT),
         *([_sizes(records)] if SIZES in tasks else []),
         *([_fit(only(records, FIT))] if FIT in tasks else []),
-        _time(only(records, TIME)),
-        _equal_time(records),
+        *([_time(only(records, TIME)), _equal_time(records)] if TIME in tasks else []),
     ]
 
 
@@ -247,8 +246,7 @@ def _means(record: Record, marks: Sequence[int]) -> list[float]:
 
 def draw(records: list[Record]) -> Figure:
     """Draws the race by steps, the lead by batch size, and the race by seconds."""
-    race, seconds = race_of(records), only(records, TIME)
-    options = records[0]["options"]
+    race, options = race_of(records), records[0]["options"]
     first = max(at(race[FISHLEG], options["judged"][0]))
     top = min(1.75 * first, first + 40)
     several = any(record["case"]["task"] == SIZES for record in records)
@@ -263,7 +261,7 @@ def draw(records: list[Record]) -> Figure:
             short = [mark for mark in marks if mark in options["marks"]]
             left.plot(short, _means(race[name], short), label=name, **look)
             if name in options["timed"]:
-                spent = seconds_of(seconds, name, marks)
+                spent = seconds_of(only(records, TIME), name, marks)
                 right.plot(spent, _means(race[name], marks), **look)
         if EXACT in race:
             marks = race[EXACT]["marks"]
