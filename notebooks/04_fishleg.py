@@ -423,7 +423,7 @@ assert there < STEPS / 2
 
 # %% [markdown]
 # This is a race by steps, that is by gradients. A step of FishLeg costs several of
-# Adam's: an auxiliary step takes two products with the Fisher (at every step up to the
+# Adam's: an auxiliary step takes a product with the Fisher (at every step up to the
 # hundredth, at every tenth later) and the quadratic model another pass. No gain by the
 # clock over Adam is claimed for networks as small as this; `python -m benchmarks claim
 # fishleg` measures seconds too, with more rivals. The step length alone does little:
