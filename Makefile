@@ -81,6 +81,7 @@ bench: $(BENCH)
 	$(BIN)/python -m benchmarks speed fit_loop --preset full
 	$(BIN)/python -m benchmarks speed curvature --preset full
 	$(BIN)/python -m benchmarks speed sharpness --preset full
+	$(BIN)/python -m benchmarks speed fishleg --preset full
 	$(BIN)/python -m benchmarks claim monarch --preset full
 	$(BIN)/python -m benchmarks claim monarch_language_model --preset full
 	$(BIN)/python -m benchmarks claim monarch_to_dense --preset full
@@ -89,6 +90,8 @@ bench: $(BENCH)
 	$(BIN)/python -m benchmarks claim sloppy_spectra --preset full
 	$(BIN)/python -m benchmarks claim gradient_norm_penalty --preset full
 	$(BIN)/python -m benchmarks claim fishleg --preset full
+	$(BIN)/python -m benchmarks claim fishleg_curves --preset full
+	$(BIN)/python -m benchmarks claim fishleg_layers --preset full
 	$(BIN)/python -m benchmarks claim saf --preset full
 	$(BIN)/python -m benchmarks claim pof --preset full
 	$(BIN)/python -m benchmarks claim subspaces --preset full
