@@ -81,9 +81,9 @@ PRESETS = {
         nets=(CNN, TEXT, MONARCH),
         methods=(FISHLEG, *RIVALS),
         seeds=5,
-        tuning_seeds=2,
+        tuning_seeds=1,
         rates=(0.0003, 0.001, 0.003, 0.006, 0.01, 0.03, 0.1),
-        dampings=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+        dampings=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
         judged=(20, 50, 100, 200),
     ),
 }

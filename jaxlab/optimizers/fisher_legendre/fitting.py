@@ -45,6 +45,7 @@ def fishleg_warm_start(
     damping: ArrayLike = 0.3,
     aux_step: ArrayLike = 0.25,
     white_directions: int = 1,
+    combine: bool = True,
 ) -> PyTree:
     """Fits the inverse Fisher of an optimizer's state before the first step.
 
@@ -63,6 +64,7 @@ def fishleg_warm_start(
       damping: as the optimizer's, weight decay included.
       aux_step: as the optimizer's.
       white_directions: as the optimizer's.
+      combine: as the optimizer's.
 
     Returns:
       The state with its inverse Fisher fitted; all else as it was.
@@ -106,6 +108,7 @@ def fishleg_warm_start(
             damping=damping,
             step=aux_step,
             white_directions=white_directions,
+            combine=combine,
         )
         good = all_finite((new, error))
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, q), gradient

@@ -1,0 +1,132 @@
+"""FishLeg's step compiles for a TPU and a GPU that are not here, at its cost.
+
+Operations of an auxiliary step in gradients, the precision of Fisher products, and on
+four TPU chips that share a batch what they send each other.
+"""
+
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import devices
+from jaxlab.curvature import ggn_operator
+from jaxlab.likelihoods import Bernoulli
+from jaxlab.optimizers import fishleg, fishleg_group_step, q_init
+
+CHIPS, BATCH, SIZES = 4, 128, (256, 192, 64, 192, 256)
+LIKELIHOOD = Bernoulli()
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = [
+    {"kernel": array(a, b), "bias": array(b)} for a, b in itertools.pairwise(SIZES)
+]
+ROWS = array(BATCH, SIZES[0])
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+BYTES = sum(leaf.size * 4 for leaf in jax.tree.leaves(PARAMS))
+
+
+def apply_fn(params, x):
+    for layer in params:
+        y = x @ layer["kernel"]
+        x = jax.nn.relu(y + jnp.broadcast_to(layer["bias"], y.shape))
+    return y
+
+
+def loss_fn(params, x):
+    return LIKELIHOOD.nll(apply_fn(params, x), x)
+
+
+def gradient(params, x):
+    return jax.grad(loss_fn)(params, x)
+
+
+def auxiliary(key, q, grads, params, x):
+    operator = ggn_operator(apply_fn, LIKELIHOOD, params, (x, None))
+    return fishleg_group_step(key, q, [grads], operator, damping=0.3)
+
+
+OPTIMIZER = fishleg()
+
+
+def step(params, state, key, x):
+    operator = ggn_operator(apply_fn, LIKELIHOOD, params, (x, None))
+    updates, state = OPTIMIZER.update(
+        gradient(params, x), state, params, fisher_vp=operator, key=key
+    )
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.parametrize("place", ["tpu", "gpu"])
+def test_an_auxiliary_step_takes_few_gradients(place, request):
+    target = request.getfixturevalue(place)
+    q = jax.eval_shape(q_init, PARAMS)
+    ours = devices.figures(target, auxiliary, KEY, q, PARAMS, PARAMS, ROWS)
+    one = devices.figures(target, gradient, PARAMS, ROWS)
+    # A product with the Fisher 1.6; five products with factors, of a side in the size
+    # of the batch and more each.
+    assert 2 < ours["flops"] / one["flops"] <= 9
+
+
+def test_products_with_the_fisher_are_in_full_precision(tpu):
+    state = jax.eval_shape(OPTIMIZER.init, PARAMS)
+    text = tpu.compile(step, PARAMS, state, KEY, ROWS).as_text()
+    products = [
+        line
+        for line in text.splitlines()
+        if re.search(r" (convolution|dot)\(", line) and "ggn_operator" in line
+    ]
+    assert len(products) >= 3 * len(PARAMS)
+    for line in products:
+        assert "operand_precision={highest,highest}" in line, line
+
+
+def collectives(text):
+    """Lists what the chips send each other, in bytes of the result."""
+    wide = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for shapes, kind in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text):
+        size = 0
+        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
+            size += wide[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
+        found.append((kind, size))
+    return found
+
+
+def test_chips_that_share_a_batch_send_a_gradient_and_a_product(tpu):
+    tpu.compile(jnp.sin, array(8))  # sets up what the topology needs
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc(
+        platform="tpu", topology_name=tpu.description
+    ).devices
+    mesh = Mesh(np.array(chips), ("d",), axis_types=(AxisType.Auto,))
+    assert len(chips) == CHIPS
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("d"))
+    state = jax.eval_shape(OPTIMIZER.init, PARAMS)
+    jitted = jax.jit(
+        step, in_shardings=(whole, whole, whole, rows), out_shardings=whole
+    )
+    lowered = jitted.trace(PARAMS, state, KEY, ROWS).lower(lowering_platforms=("tpu",))
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        sent = collectives(lowered.compile().as_text())
+    finally:
+        jax.config.update(name, before)
+    # The gradient, the product inside the loop, and numbers: no factor is sent.
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    assert 2 * BYTES <= sum(size for _, size in sent) <= 2.01 * BYTES
