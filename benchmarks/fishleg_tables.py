@@ -249,6 +249,7 @@ def draw(records: list[Record]) -> Figure:
     race, options = race_of(records), records[0]["options"]
     first = max(at(race[FISHLEG], options["judged"][0]))
     top = min(1.75 * first, first + 40)
+    least = min(min(_means(record, record["marks"])) for record in race.values())
     several = any(record["case"]["task"] == SIZES for record in records)
     with rc_context(plots.STYLE):
         figure = Figure(figsize=(12 if several else 9, 4), layout="constrained")
@@ -275,7 +276,7 @@ def draw(records: list[Record]) -> Figure:
         ):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_ylim(None, top)
+            axes.set_ylim(least - 0.08 * (top - least), top)
             axes.set_xlabel(label)
             axes.set_title(title)
         for axes in panels:
