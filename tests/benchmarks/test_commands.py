@@ -24,7 +24,7 @@ def command(*arguments, **options):
         cwd=environment.ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         **options,
     )
 

@@ -199,7 +199,7 @@ def test_leading_dimensions(batch):
     y = matmul(x, w1, w2)
     assert y.shape == (*batch, 15)
     rows = [matmul(row, w1, w2) for row in x.reshape(-1, 8)]
-    np.testing.assert_allclose(y.reshape(-1, 15), jnp.stack(rows), rtol=1e-5)
+    np.testing.assert_allclose(y.reshape(-1, 15), jnp.stack(rows), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [(0,), (3, 0), (0, 2)])
