@@ -8,6 +8,7 @@ executed. JAX is imported inside the functions, so that :func:`prepare` can come
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable
@@ -157,14 +158,24 @@ class Target:
         jitted = jax.jit(function, in_shardings=place, out_shardings=place)
         platform = "tpu" if self.platform == "tpu" else "cuda"
         lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
-        # JAX would write such a program to a persistent cache but cannot read it back.
-        name = "jax_persistent_cache_min_compile_time_secs"
-        before = getattr(jax.config, name)
-        jax.config.update(name, float("inf"))
-        try:
-            return lowered.compile()
-        finally:
-            jax.config.update(name, before)
+        return compiled(lowered)
+
+    def mesh(self) -> Any:
+        """All abstract TPU chips of the topology in a row, with one axis "d".
+
+        Raises:
+          ModuleNotFoundError: if a package is missing.
+        """
+        assert self.platform == "tpu"
+        _ = self.sharding  # sets up what the topology needs
+        import numpy as np
+        from jax.experimental import topologies
+        from jax.sharding import AxisType, Mesh
+
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=self.description
+        )
+        return Mesh(np.array(topology.devices), ("d",), axis_types=(AxisType.Auto,))
 
 
 TPU_V5P = Target(
@@ -188,6 +199,49 @@ def prepare() -> None:
     """Sets what JAX and libtpu read from the environment, where it is not set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def compiled(lowered: Any) -> Any:
+    """Compiles for devices that are not here, past the persistent cache.
+
+    JAX would write such a program to it but cannot read it back.
+
+    Args:
+      lowered: from ``jax.jit(...).trace(...).lower(lowering_platforms=...)``.
+    """
+    import jax
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+    """Lists what the chips of a compiled program send each other.
+
+    Args:
+      text: ``compiled.as_text()``.
+
+    Returns:
+      Kind and bytes of the result, of each.
+
+    Examples:
+      >>> collectives("%a = f32[2,3]{1,0} all-reduce(%b), to_apply=%add")
+      [('all-reduce', 24)]
+    """
+    wide = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for shapes, kind in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text):
+        size = 0
+        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
+            size += wide[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
+        found.append((kind, size))
+    return found
 
 
 def figures(

@@ -5,15 +5,13 @@ a batch what they send each other.
 """
 
 import functools
-import math
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import devices
@@ -124,29 +122,11 @@ def test_the_second_gradient_of_a_periodic_link_stands_in_a_branch(place, reques
     assert re.search(r" conditional\(", text)
 
 
-def collectives(text):
-    """Lists what the chips send each other, in bytes of the result."""
-    wide = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found = []
-    for shapes, kind in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text):
-        size = 0
-        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
-            size += wide[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
-        found.append((kind, size))
-    return found
-
-
 @pytest.fixture(scope="module")
 def mesh(tpu):
-    tpu.compile(jnp.sin, array(8))  # sets up what the topology needs
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc(
-        platform="tpu", topology_name=tpu.description
-    ).devices
-    assert len(chips) == CHIPS
-    return Mesh(np.array(chips), ("d",), axis_types=(AxisType.Auto,))
+    mesh = tpu.mesh()
+    assert mesh.size == CHIPS
+    return mesh
 
 
 def on_chips(mesh, step, arguments):
@@ -154,13 +134,7 @@ def on_chips(mesh, step, arguments):
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("d"))
     jitted = jax.jit(step, in_shardings=(whole, whole, rows), out_shardings=whole)
     lowered = jitted.trace(*arguments).lower(lowering_platforms=("tpu",))
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, float("inf"))
-    try:
-        return collectives(lowered.compile().as_text())
-    finally:
-        jax.config.update(name, before)
+    return devices.collectives(devices.compiled(lowered).as_text())
 
 
 def test_chips_that_share_a_batch_send_two_gradients(mesh):
