@@ -428,12 +428,23 @@ def _at(value: ScalarOrSchedule, count: Any) -> Any:
 
 
 def _bend(direction: PyTree, fisher_vp: Any) -> Array:
-    """Gives ``d.F d``, by the operator's own way where it has one."""
-    with exact_products():
+    """Gives ``d.F d``, by the operator's own way where it has one.
+
+    Products are exact. On CPUs they are in any case, and not asking for it lets the
+    compiler see that the model was run at this point before, for the gradient.
+    """
+
+    def bend(direction):
         form = getattr(fisher_vp, "quadratic_form", None)
-        if form is None:
-            return inner(direction, fisher_vp(direction))
-        return form(direction)
+        return (
+            inner(direction, fisher_vp(direction)) if form is None else form(direction)
+        )
+
+    def exact(direction):
+        with exact_products():
+            return bend(direction)
+
+    return jax.lax.platform_dependent(direction, cpu=bend, default=exact)
 
 
 def _trusted(decrease: Array, recent: Array) -> tuple[Array, Array]:
