@@ -490,12 +490,14 @@ def test_host_operators_are_driven_from_python(mode):
     a = symmetric(INDEFINITE)
     v = normal(len(a))
     streamed = Streamed(np.asarray(a))
-    result = lanczos(streamed, v, order=30, reorthogonalize=mode)
-    expected = lanczos(multiply(a), v, order=30, reorthogonalize=mode)
+    # Without reorthogonalization the second pass of ritz_vectors leaves the first one
+    # by round-off, once a Ritz value has converged.
+    order = 20 if mode == "none" else 30
+    result = lanczos(streamed, v, order=order, reorthogonalize=mode)
+    expected = lanczos(multiply(a), v, order=order, reorthogonalize=mode)
     np.testing.assert_allclose(ritz(result)[0][-2:], ritz(expected)[0][-2:], rtol=1e-5)
     _, _, residuals = ritz_vectors(streamed, v, result, indices=(-1,))
-    # Without reorthogonalization the second pass repeats the first up to round-off.
-    assert float(residuals[0]) < (0.1 if mode == "none" else 1e-3)
+    assert float(residuals[0]) < 1e-3
 
 
 def test_python_stops_at_a_breakdown_and_spends_no_more_products():

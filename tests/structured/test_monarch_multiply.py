@@ -199,6 +199,7 @@ def test_leading_dimensions(batch):
     y = matmul(x, w1, w2)
     assert y.shape == (*batch, 15)
     rows = [matmul(row, w1, w2) for row in x.reshape(-1, 8)]
+    # Round-off of entries that cancel is relative to terms as large as 8.
     np.testing.assert_allclose(y.reshape(-1, 15), jnp.stack(rows), rtol=1e-5, atol=1e-6)
 
 
