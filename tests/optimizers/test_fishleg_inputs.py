@@ -47,6 +47,7 @@ KEY = jax.random.key(0)
         ({"white_directions": -1}, r"white_directions must be an integer >= 0"),
         ({"gradient_directions": 0.5}, r"gradient_directions must be an integer"),
         ({"aux_mode": "adam", "combine": True}, r"combine belongs to"),
+        ({"combine": 0}, r"combine must be True or False, got 0"),
         ({"gradient_directions": 0, "white_directions": 0}, r"at least one direction"),
         ({"precondition": True}, r"belong to aux_mode=\"adam\""),
         ({"aux_optimizer": optax.sgd(0.1)}, r"belong to aux_mode=\"adam\""),
@@ -137,6 +138,8 @@ def test_functions_of_the_inverse():
         step(None, [PARAMS])
     with pytest.raises(ValueError, match=r"give like="):
         step(KEY, [])
+    with pytest.raises(ValueError, match=r"combine must be True or False"):
+        step(KEY, [PARAMS], combine="yes")
     scaled = q_init(PARAMS, rule={"kernel": "scaled"})
     with pytest.raises(ValueError, match=r"have no group step"):
         fishleg_group_step(KEY, scaled, [PARAMS], IDENTITY, damping=0.1)

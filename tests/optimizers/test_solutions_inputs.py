@@ -212,6 +212,8 @@ def test_tasks_are_alike():
     for wrong in ([], X, {"a": X}, None):
         with pytest.raises(ValueError, match="tasks must be a list with the data of"):
             tasks_run(tasks=wrong)
+    with pytest.raises(ValueError, match="got list without entries"):
+        tasks_run(tasks=[])
     with pytest.raises(ValueError, match="all of tasks must have equally many rows"):
         tasks_run(tasks=[X, X[:2]])
     with pytest.raises(ValueError, match="all batches need the same tree"):

@@ -112,6 +112,7 @@ def fishleg_group_step(
         raise ValueError(f"{name}: white_directions={white_directions} needs a key.")
     if not gradients and like is None:
         raise ValueError(f"{name}: without gradients give like=, a tree like params.")
+    check_combine(name, combine)
     check_group(name, q)
     for gradient in gradients:
         check_like(name, q.blocks, gradient, "a gradient")
@@ -136,6 +137,12 @@ def fishleg_group_step(
             sizes += jnp.sum(ours**2)
         error = errors / jnp.maximum(sizes, jnp.finfo(jnp.float32).tiny)
         return InverseFisher(factors, q.blocks), error.astype(jnp.float32)
+
+
+def check_combine(name: str, combine: Any) -> None:
+    """Refuses what is neither True nor False: it is static."""
+    if not isinstance(combine, bool):
+        raise ValueError(f"{name}: combine must be True or False, got {combine!r}.")
 
 
 def _shapes(tree: PyTree) -> PyTree:

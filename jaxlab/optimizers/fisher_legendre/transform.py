@@ -42,7 +42,7 @@ from jaxlab.optimizers.fisher_legendre.factors import (
     q_init,
     whiten,
 )
-from jaxlab.optimizers.fisher_legendre.group import fishleg_group_step
+from jaxlab.optimizers.fisher_legendre.group import check_combine, fishleg_group_step
 
 _GROWTH = 4.0  # of the decrease of the model, over the largest of late
 _FADING = 0.9  # of the largest of late, in a step
@@ -191,6 +191,8 @@ def scale_by_fishleg(
     )
     if not group and combine is not None:
         raise ValueError(f'{name}: combine belongs to aux_mode="group".')
+    combine = True if combine is None else combine
+    check_combine(name, combine)
     if group and (aux_optimizer is not None or precondition):
         raise ValueError(
             f'{name}: aux_optimizer and precondition belong to aux_mode="adam".'
@@ -252,7 +254,7 @@ def scale_by_fishleg(
                     damping=gamma,
                     step=_at(mu, count),
                     white_directions=white_directions,
-                    combine=combine is not False,
+                    combine=combine,
                     like=updates,
                 )
             else:

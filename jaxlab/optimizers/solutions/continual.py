@@ -94,8 +94,9 @@ def continual_run(
     for word, given in (("tasks", tasks), ("test_tasks", tests)):
         if not isinstance(given, (list, tuple)) or not given:
             raise ValueError(
-                f"{name}: {word} must be a list with the data of each task, got "
-                f"{type(given).__name__}."
+                f"{name}: {word} must be a list with the data of each task, one at "
+                f"least, got {type(given).__name__}"
+                f"{' without entries' if isinstance(given, (list, tuple)) else ''}."
             )
         for task in given:
             rows_of(name, task)
