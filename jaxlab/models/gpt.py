@@ -7,6 +7,10 @@ dropout, and the dense layers start as their ``linear`` factory says (residual l
 are not scaled down by depth). The embedding is a table, not a dense layer: with the
 head tied to it, neither comes from the factory.
 
+With ``scan=True`` the blocks stand stacked, every parameter with one leading axis of
+``layers``, and run in one ``jax.lax.scan``: the program and its compile time no longer
+grow with the depth, which is what deep models on many chips need.
+
 Reference: Radford, Wu, Child, Luan, Amodei, Sutskever, "Language Models are
 Unsupervised Multitask Learners", 2019.
 """
@@ -14,8 +18,10 @@ Unsupervised Multitask Learners", 2019.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.inputs import check_sizes
@@ -34,6 +40,18 @@ class GPT(nnx.Module):
       layers: number of blocks.
       heads: number of attention heads; it divides ``width``.
       linear: factory of the six dense layers of each block.
+      feedforward_linear: factory of the two of each two-layer map; ``linear`` if None.
+      scan: stacks the parameters of the blocks and scans over them. The seeds then give
+        other numbers than without.
+      remat: recomputes each block in the backward pass: what is stored of it is its
+        input.
+      dtype: of the residual stream and the logits, such as bfloat16; parameters stay
+        float32. A factory's own dtype is set there: ``partial(nnx.Linear,
+        dtype=jnp.bfloat16)``.
+      activation_sharding: how the residual stream (batch, time, width) lies on a mesh,
+        held so after the embedding and after each block. Without it XLA may follow the
+        parameters instead, and give every device the whole batch of a narrow slice:
+        ``batch_sharding(mesh)`` of :mod:`jaxlab.training` is what one wants there.
       rngs: random streams of the parameters.
 
     Raises:
@@ -57,6 +75,11 @@ class GPT(nnx.Module):
         layers: int,
         heads: int,
         linear: Callable[..., Any] = nnx.Linear,
+        feedforward_linear: Callable[..., Any] | None = None,
+        scan: bool = False,
+        remat: bool = False,
+        dtype: DTypeLike | None = None,
+        activation_sharding: jax.sharding.Sharding | None = None,
         rngs: nnx.Rngs,
     ):
         check_sizes(
@@ -64,15 +87,31 @@ class GPT(nnx.Module):
         )
         normal = nnx.initializers.normal(0.02)
         self.context = context
-        self.embedding = nnx.Embed(vocabulary, width, embedding_init=normal, rngs=rngs)
-        self.positions = nnx.Param(normal(rngs.params(), (context, width), jnp.float32))
-        self.blocks = nnx.List(
-            [
-                Block(width, heads, causal=True, linear=linear, rngs=rngs)
-                for _ in range(layers)
-            ]
+        self.scan = scan
+        self.remat = remat
+        self.dtype = dtype
+        self.activation_sharding = activation_sharding
+        self.embedding = nnx.Embed(
+            vocabulary, width, dtype=dtype, embedding_init=normal, rngs=rngs
         )
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.positions = nnx.Param(normal(rngs.params(), (context, width), jnp.float32))
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(
+                width,
+                heads,
+                causal=True,
+                linear=linear,
+                feedforward_linear=feedforward_linear,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        if scan:
+            self.blocks = nnx.vmap(block)(rngs.fork(split=layers))
+        else:
+            self.blocks = nnx.List([block(rngs) for _ in range(layers)])
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, tokens: Int[Array, "... time"]
@@ -90,10 +129,32 @@ class GPT(nnx.Module):
                 f"{self.context}, the context of this model; got {tokens.shape}."
             )
         x = self.embedding(tokens)
-        x = x + jnp.broadcast_to(self.positions[: tokens.shape[-1]], x.shape)
+        positions = self.positions[: tokens.shape[-1]].astype(x.dtype)
+        x = self._held(x + jnp.broadcast_to(positions, x.shape))
+        return self.embedding.attend(self.norm(self._through(x)))
+
+    def _held(self, x: Float[Array, "... time width"]):
+        if self.activation_sharding is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.activation_sharding)
+
+    def _through(self, x: Float[Array, "... time width"]):
+        def pure(params, x, graph):
+            return self._held(nnx.merge(graph, params)(x))
+
+        once = pure
+        if self.remat:
+            # In a scan nothing else can be merged with what is computed again; asking
+            # to prevent that would gather the weights from other devices once more.
+            once = jax.checkpoint(pure, static_argnums=2, prevent_cse=not self.scan)
+        if self.scan:
+            graph, stack = nnx.split(self.blocks)
+            body = lambda x, params: (once(params, x, graph), None)
+            return jax.lax.scan(body, x, stack)[0]
         for block in self.blocks:
-            x = block(x)
-        return self.embedding.attend(self.norm(x))
+            graph, params = nnx.split(block)
+            x = once(params, x, graph)
+        return x
 
 
 def gpt_s(

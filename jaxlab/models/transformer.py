@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Tokens = Float[Array, "... time width"]
@@ -112,6 +113,8 @@ class Block(nnx.Module):
       causal: whether a position sees only itself and earlier ones.
       hidden: width inside the two-layer map; four times ``width`` if None.
       linear: factory of the six dense layers.
+      feedforward_linear: factory of the two of the two-layer map; ``linear`` if None.
+      dtype: of what the layer norms give; the dense layers' own is their factory's.
       rngs: random streams of the parameters.
 
     Raises:
@@ -131,15 +134,18 @@ class Block(nnx.Module):
         causal: bool,
         hidden: int | None = None,
         linear: Callable[..., Any] = nnx.Linear,
+        feedforward_linear: Callable[..., Any] | None = None,
+        dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
         hidden = 4 * width if hidden is None else hidden
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        inner = linear if feedforward_linear is None else feedforward_linear
+        self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(
             width, heads, causal=causal, linear=linear, rngs=rngs
         )
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.feedforward = Feedforward(width, hidden, linear=linear, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.feedforward = Feedforward(width, hidden, linear=inner, rngs=rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
         """Computes ``(..., time, width)`` from ``(..., time, width)``."""

@@ -13,6 +13,16 @@ from jaxlab.training.curvature import CurvatureMonitor
 from jaxlab.training.feed import epoch_order
 from jaxlab.training.fit import EpochInfo, FitResult, fit
 from jaxlab.training.metrics import accuracy, evaluate
+from jaxlab.training.sharding import (
+    ShardingPlan,
+    batch_sharding,
+    data_parallel,
+    fully_sharded,
+    init_sharded,
+    make_mesh,
+    shard,
+    tensor_parallel,
+)
 from jaxlab.training.state import LossScale, Optimizer, TrainState, create_state
 from jaxlab.training.step import make_train_step, with_extra_args
 from jaxlab.training.switching import (
@@ -32,16 +42,24 @@ __all__ = [
     "Optimizer",
     "Restored",
     "ReverseSparsified",
+    "ShardingPlan",
     "Switched",
     "TrainState",
     "accuracy",
+    "batch_sharding",
     "create_state",
+    "data_parallel",
     "epoch_order",
     "evaluate",
     "fit",
     "from_nnx",
+    "fully_sharded",
+    "init_sharded",
+    "make_mesh",
     "make_train_step",
     "reverse_sparsification",
+    "shard",
     "switch_layers",
+    "tensor_parallel",
     "with_extra_args",
 ]

@@ -14,6 +14,8 @@ plain dicts, NNX states and Linen dicts give the same blocks:
     embedding (vocabulary, width)        L diagonal: one-hot inputs have no correlations
     vectors and scalars left over        S alone
 
+A kernel of the kind "stacked" has matrices along its last two axes alone, whatever axes
+stand before: Monarch factors of layers that stand stacked, (layers, n, in, out).
 A side longer than ``max_size`` is cut into equal parts that know nothing of each other,
 as Shampoo does; the last one is padded.
 """
@@ -29,7 +31,7 @@ from jaxtyping import Array, PyTree
 
 from jaxlab._norms import wide
 
-Kind = Literal["kronecker", "scaled", "embedding", "diagonal", "full"]
+Kind = Literal["kronecker", "stacked", "scaled", "embedding", "diagonal", "full"]
 Rule = Callable[[str, tuple[int, ...]], str | None] | Mapping[str, str] | None
 
 _KINDS = get_args(Kind)
@@ -201,7 +203,7 @@ def _kind(name: str, rule: Rule, path: str, leaf: Any) -> Kind:
             f"{name}: the kind of a block must be one of {list(_KINDS)}, got "
             f"{chosen!r} for {path}."
         )
-    if chosen in ("kronecker", "scaled", "embedding") and leaf.ndim < 2:
+    if chosen in ("kronecker", "stacked", "scaled", "embedding") and leaf.ndim < 2:
         raise ValueError(
             f"{name}: a {chosen} block needs a leaf of two axes at least, got shape "
             f"{tuple(leaf.shape)} at {path}; choose 'diagonal' or 'full'."
@@ -216,9 +218,11 @@ def _automatic(path: str, shape: tuple[int, ...]) -> Kind:
     return "embedding" if last == "embedding" and len(shape) == 2 else "kronecker"
 
 
-def _layout(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+def _layout(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], int, int]:
     """Reads a kernel as matrices: those of three axes are stacks of matrices."""
     batch = shape[:1] if len(shape) == 3 else ()
+    if kind == "stacked":
+        batch = shape[:-2]
     return batch, math.prod(shape[len(batch) : -1]), shape[-1]
 
 
@@ -233,9 +237,9 @@ def _biases(leaves: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, s
         families.setdefault(path.rpartition("/")[0], []).append(path)
     found = {}
     for family in families.values():
-        kernels = [p for p in family if kinds[p] in ("kronecker", "scaled")]
+        kernels = [p for p in family if kinds[p] in ("kronecker", "stacked", "scaled")]
         for kernel in kernels:
-            batch, _, columns = _layout(leaves[kernel].shape)
+            batch, _, columns = _layout(leaves[kernel].shape, kinds[kernel])
             fits = [
                 path
                 for path in family
@@ -262,7 +266,7 @@ def _block(
         return Block(paths, kind, (), size, 1, None, None, True)
     if kind == "full":
         return Block(paths, kind, (), size, 1, Side(1, size), None, False)
-    batch, rows, columns = _layout(shape)
+    batch, rows, columns = _layout(shape, kind)
     rows += len(paths) - 1
     left = Side(1, rows, True) if kind == "embedding" else _cut(rows, max_size)
     right = _cut(columns, max_size)

@@ -85,8 +85,8 @@ def q_init(
       rule: the kind of a block by the path of its leaf, where the automatic one is not
         wanted: a function ``(path, shape) -> kind or None``, or a dict from regular
         expressions to kinds, of which the first that is found in the path counts. The
-        kinds: "kronecker", "scaled" (with S), "embedding" (with L diagonal),
-        "diagonal", "full".
+        kinds: "kronecker", "stacked" (every axis but the last two counts matrices),
+        "scaled" (with S), "embedding" (with L diagonal), "diagonal", "full".
       max_size: longest factor; longer sides are cut into equal parts.
 
     Returns:
