@@ -23,6 +23,9 @@ KINDS = (
 )
 _MESSAGE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 
+_CALL = re.compile(r" call\(.*to_apply=%([\w.\-]+)")
+_CALL_OR_FUSION = re.compile(r"(?: call\(.*to_apply|\bcalls)=%([\w.\-]+)")
+
 
 @dataclasses.dataclass(frozen=True)
 class Message:
@@ -132,6 +135,7 @@ class Program:
             return
         yield name, times
         visit = functools.partial(self._visits, open_loops=open_loops, fusions=fusions)
+        called_by = _CALL_OR_FUSION if fusions else _CALL
         for line in self._computations[name]:
             if loop := re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line):
                 trips = self._trips(line, loop[1])
@@ -143,9 +147,7 @@ class Program:
                     times * self._cycles[name] for name, times in visit(branch, 1)
                 )
                 yield from visit(max(branches, key=cost), times)
-            elif called := re.search(r" call\(.*to_apply=%([\w.\-]+)", line):
-                yield from visit(called[1], times)
-            elif fusions and (called := re.search(r"\bcalls=%([\w.\-]+)", line)):
+            elif called := called_by.search(line):
                 yield from visit(called[1], times)
 
     @functools.cache  # noqa: B019

@@ -41,13 +41,14 @@ _WHOLE = PartitionSpec()
 Rule = tuple[str, PartitionSpec]
 
 # Of the library's own transformer blocks: widths between two layers are cut along
-# "tensor", so that a pair of layers needs one message, and what comes in or goes out
-# along "fsdp". A stack of layers has one axis more in front, which stays whole.
+# "tensor", so that a pair of layers needs one message, and rows besides along "fsdp":
+# of a gradient cut by columns, XLA for TPUs sums the whole on every device instead of
+# one part on each. A stack of layers has one axis more in front, which stays whole.
 _COLUMNS = r"(query|key|value|up)/"
 _ROWS = r"(out|down)/"
 TRANSFORMER_RULES: tuple[Rule, ...] = (
     (rf"{_COLUMNS}kernel$", PartitionSpec("fsdp", "tensor")),
-    (rf"{_ROWS}kernel$", PartitionSpec("tensor", "fsdp")),
+    (rf"{_ROWS}kernel$", PartitionSpec(("tensor", "fsdp"), None)),
     (rf"{_COLUMNS}bias$", PartitionSpec("tensor")),
     # Monarch: blocks know nothing of each other, up to one transposition between the
     # two factors. Where there are enough of them, they are what is cut.
@@ -55,7 +56,7 @@ TRANSFORMER_RULES: tuple[Rule, ...] = (
     (r"/w[12]$", PartitionSpec("tensor", "fsdp", None)),
     (r"/w[12]/(left|right)$", PartitionSpec(("tensor", "fsdp"), None, None, None)),
     (r"/w[12]/(left|right)$", PartitionSpec("tensor", None, "fsdp", None)),
-    (r"embedding/embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"embedding/embedding$", PartitionSpec(("tensor", "fsdp"), None)),
 )
 
 
