@@ -89,6 +89,8 @@ bench: $(BENCH)
 	$(BIN)/python -m benchmarks claim hessian_spectra --preset full
 	$(BIN)/python -m benchmarks claim sloppy_spectra --preset full
 	$(BIN)/python -m benchmarks claim gradient_norm_penalty --preset full
+	$(BIN)/python -m benchmarks claim composition --preset full
+	$(BIN)/python -m benchmarks claim compositions --preset full
 	$(BIN)/python -m benchmarks claim fishleg --preset full
 	$(BIN)/python -m benchmarks claim fishleg_curves --preset full
 	$(BIN)/python -m benchmarks claim fishleg_layers --preset full
@@ -115,7 +117,7 @@ notebooks: $(SETUP)
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 docs: $(DOCS)
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -E -W --keep-going -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 clean:

@@ -1,4 +1,4 @@
-"""Speed, claims, estimates and the demo of jaxlab.
+"""Speed, claims, estimates, training runs and the demo of jaxlab.
 
 Full presets of ``speed``, ``claim`` and ``estimate`` write to
 ``benchmarks/results/<device>/`` and print a verdict; small ones take seconds, write to
@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Annotated, Literal
 
 import tyro
@@ -69,6 +70,21 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains a GPT on text, by a named config or a JSON file; ``train --help``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCompare:
+    """Compares training runs at equal tokens and at equal wall-clock."""
+
+    directories: tyro.conf.Positional[tuple[pathlib.Path, ...]]
+    """Of the runs, finished or not."""
+    picture: pathlib.Path = environment.ROOT / "out" / "train" / "comparison.png"
+    """Where loss against tokens and against seconds is drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """Trains a small network on digits dense and with Monarch, and draws the result."""
 
@@ -105,6 +121,8 @@ Command = (
     | Annotated[Speed, tyro.conf.subcommand("speed")]
     | Annotated[Claim, tyro.conf.subcommand("claim")]
     | Annotated[Estimate, tyro.conf.subcommand("estimate")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[TrainCompare, tyro.conf.subcommand("train-compare")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Readme, tyro.conf.subcommand("readme")]
@@ -114,6 +132,11 @@ Command = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["train"]:
+        # Its fields have the defaults of the config that is named among them.
+        from benchmarks import train
+
+        return train.main(arguments[1:])
     command = tyro.cli(
         Command, prog="python -m benchmarks", description=__doc__, args=arguments
     )
@@ -127,6 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{kind} {name}\n    {members.member(kind, name).CLAIM}")
         case Speed() | Claim() | Estimate():
             return _measure(command, arguments)
+        case TrainCompare():
+            from benchmarks import training_runs
+
+            return training_runs.compare(command.directories, command.picture)
         case Demo():
             if command.record and command.preset != "full":
                 print("error: --record keeps full runs only.", file=sys.stderr)
@@ -164,6 +191,8 @@ def _measure(command: Speed | Claim | Estimate, arguments: list[str]) -> int:
 
         directory = results.directory_for(command.preset, command.directory)
         module = members.member(kind, command.name)
+        if isinstance(command, Estimate):
+            targets = _fitting(targets, module)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -196,6 +225,21 @@ def _targets(device: Device | None) -> list[devices.Target]:
     for line in lacking:
         print(f"left out: {line}", file=sys.stderr)
     return [target for target in wanted if not target.missing()]
+
+
+def _fitting(found: list[devices.Target], module: ModuleType) -> list[devices.Target]:
+    """Leaves the targets of the platforms that a member compiles for.
+
+    Raises:
+      ValueError: if none is left.
+    """
+    platforms = getattr(module, "PLATFORMS", ("tpu", "gpu"))
+    if fitting := [target for target in found if target.platform in platforms]:
+        return fitting
+    raise ValueError(
+        f"{module.__name__} compiles for {' and '.join(platforms)}; what is installed "
+        f"or asked for is {', '.join(target.name for target in found)}."
+    )
 
 
 if __name__ == "__main__":

@@ -81,9 +81,7 @@ def make(name="gnp + fishleg", *, mlp="monarch", activation_sharding=None):
 def train(mesh=None, plan=None, *, name="gnp + fishleg", mlp="monarch", **options):
     """Trains 20 steps, over a mesh where one is given."""
     rows = None if mesh is None else batch_sharding(mesh)
-    objective, optimizer, state, data = make(
-        name, mlp=mlp, activation_sharding=rows
-    )
+    objective, optimizer, state, data = make(name, mlp=mlp, activation_sharding=rows)
     if mesh is not None:
         state = shard(state, mesh, plan)
     return fit(
