@@ -108,7 +108,7 @@ class GPT(nnx.Module):
             )
 
         if scan:
-            self.blocks = nnx.vmap(block)(rngs.fork(split=layers))
+            self.blocks = nnx.vmap(block)(rngs.split(layers))
         else:
             self.blocks = nnx.List([block(rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
