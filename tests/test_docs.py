@@ -99,7 +99,7 @@ def test_results_become_pages():
             assert (ROOT / "benchmarks" / "results" / picture).exists()
     # No verdict is lost, and none is made up.
     for verdict in ("shown", "not shown", "reversed"):
-        found = re.findall(rf"^\*{verdict}\*", report, re.M)
+        found = re.findall(rf"^\*{verdict}\*:", report, re.M)
         assert pages["index"].count(f"*{verdict}* on ") == len(found)
     figures = re.findall(r"^\|.*\|$", pages["demo"], re.M)
     readme = (ROOT / "README.md").read_text()
