@@ -90,7 +90,7 @@ bench: $(BENCH)
 	$(BIN)/python -m benchmarks claim sloppy_spectra --preset full
 	$(BIN)/python -m benchmarks claim gradient_norm_penalty --preset full
 	$(BIN)/python -m benchmarks claim composition --preset full
-	$(BIN)/python -m benchmarks claim compositions --preset full
+	$(BIN)/python -m benchmarks claim composition_matrix --preset full
 	$(BIN)/python -m benchmarks claim fishleg --preset full
 	$(BIN)/python -m benchmarks claim fishleg_curves --preset full
 	$(BIN)/python -m benchmarks claim fishleg_layers --preset full

@@ -8,11 +8,12 @@ executed. JAX is imported inside the functions, so that :func:`prepare` can come
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Callable
 from typing import Any, Literal
+
+from benchmarks import hlo
 
 # Keeps JAX from looking for the devices, libtpu from asking a server for them and from
 # locking the machine's TPU, which would let one process compile at a time.
@@ -233,15 +234,9 @@ def collectives(text: str) -> list[tuple[str, int]]:
       >>> collectives("%a = f32[2,3]{1,0} all-reduce(%b), to_apply=%add")
       [('all-reduce', 24)]
     """
-    wide = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found = []
-    for shapes, kind in re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text):
-        size = 0
-        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes):
-            size += wide[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
-        found.append((kind, size))
-    return found
+    return [
+        (kind, hlo.size_of(shapes)) for shapes, kind, _ in hlo.MESSAGE.findall(text)
+    ]
 
 
 def figures(
@@ -317,16 +312,5 @@ def count_kernels(text: str) -> dict[str, int]:
             gemms += 1
         else:
             passes += 1
-            written += _bytes(found[1])
+            written += hlo.size_of(found[1])
     return {"gemms": gemms, "passes": passes, "passes_bytes": written}
-
-
-def _bytes(shapes: str) -> int:
-    """Adds up the bytes of the arrays in an HLO type, ``pred`` being one byte."""
-    total = 0
-    for bits, sizes in re.findall(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]", shapes):
-        count = int(bits or 8)
-        for size in filter(None, sizes.split(",")):
-            count *= int(size)
-        total += count // 8
-    return total

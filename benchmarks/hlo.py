@@ -21,7 +21,7 @@ KINDS = (
     "all-to-all",
     "collective-permute",
 )
-_MESSAGE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
+MESSAGE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 
 _CALL = re.compile(r" call\(.*to_apply=%([\w.\-]+)")
 _CALL_OR_FUSION = re.compile(r"(?: call\(.*to_apply|\bcalls)=%([\w.\-]+)")
@@ -220,7 +220,7 @@ def _branches(line: str) -> list[str]:
 
 
 def _message(line: str, computation: str, times: int) -> Message | None:
-    found = _MESSAGE.search(line)
+    found = MESSAGE.search(line)
     if not found:
         return None
     kind, size, chips = found[2], size_of(found[1]), group_size(line)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -45,9 +45,11 @@ from jaxlab.sharpness import gradient_norm_penalty
 from jaxlab.training import (
     EpochInfo,
     FitResult,
+    batch_sharding,
     create_state,
     fit,
     from_nnx,
+    make_mesh,
 )
 from jaxlab.training.record import MetricLines
 
@@ -284,13 +286,7 @@ def prepare(config: Config, *, data_dir: Any = None) -> Job:
     held_out = parts[1][0][places], parts[1][1][places]
     sharding = None
     if config.devices > 1:
-        mesh = jax.make_mesh(
-            (config.devices,),
-            ("data",),
-            axis_types=(AxisType.Auto,),
-            devices=devices[: config.devices],
-        )
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        sharding = batch_sharding(make_mesh(devices=devices[: config.devices]))
     batches = Batches(parts[0], config)
     head = {"name": data.name, "digest": data.digest}
     _claim(config, head)

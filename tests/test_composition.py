@@ -11,8 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from benchmarks import compositions
-from benchmarks.compositions import (
+from benchmarks import stacks
+from benchmarks.stacks import (
     FAILS,
     OTHER,
     OURS,
@@ -36,7 +36,7 @@ from jaxlab.models import MLP
 from jaxlab.objective import GaussNewton
 from jaxlab.training import create_state, from_nnx, make_train_step, with_extra_args
 
-STEPS = compositions.STEPS
+STEPS = stacks.STEPS
 LINEAR = {"dense": nnx.Linear, "Monarch": functools.partial(MonarchLinear, nblocks=2)}
 
 
@@ -73,10 +73,10 @@ def quick(place, rule, wrapper, net):
     """
     if rule.fishleg:
         return (wrapper, net) == (
-            compositions.MASKED if rule.steps else compositions.OUTSIDE,
+            stacks.MASKED if rule.steps else stacks.OUTSIDE,
             "dense",
         )
-    few = (compositions.INSIDE, compositions.MASKED, compositions.SCHEDULED)
+    few = (stacks.INSIDE, stacks.MASKED, stacks.SCHEDULED)
     whole = rule.name in ("gradient_norm_penalty", "scale_by_power")
     return (wrapper in few or whole) and net == list(LINEAR)[place // 2 % 2]
 
@@ -189,13 +189,13 @@ def test_all_pairs(first, net):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", compositions.PROBLEMS)
+@pytest.mark.parametrize("name", stacks.PROBLEMS)
 def test_on_the_six_problems(name):
-    on = compositions.problem(name)
+    on = stacks.problem(name)
     for rule in OURS:
-        if rule.fishleg and compositions.TEXT in name:
+        if rule.fishleg and stacks.TEXT in name:
             continue
-        found = outcome(lambda: WRAPPERS[compositions.ALONE](rule), on)  # noqa: B023
+        found = outcome(lambda: WRAPPERS[stacks.ALONE](rule), on)  # noqa: B023
         expect(found, RIGHT, rule.name)
 
 

@@ -221,12 +221,17 @@ def compile_case(case: Case, options: Options) -> dict[str, Any]:
         donate_argnums=0,
     )
     traced = jitted.trace(*shapes)
-    compiled = devices.compiled(traced.lower(lowering_platforms=("tpu",)))
-    memory = compiled.memory_analysis()
-    program = hlo.Program(compiled.as_text())
     found = {
         "params": sum(leaf.size for leaf in jax.tree.leaves(shapes[0].params)),
         "tokens": math.prod(shapes[1][0].shape),
+    }
+    try:
+        compiled = devices.compiled(traced.lower(lowering_platforms=("tpu",)))
+    except jax.errors.JaxRuntimeError as error:
+        return found | {"refused": refusal(str(error))}
+    memory = compiled.memory_analysis()
+    program = hlo.Program(compiled.as_text())
+    found |= {
         "state_bytes": memory.argument_size_in_bytes,
         "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     }
@@ -240,6 +245,22 @@ def compile_case(case: Case, options: Options) -> dict[str, Any]:
             "sent": sent,
         }
     return found
+
+
+def refusal(message: str) -> str:
+    """Reads from the compiler's message that a program is too large.
+
+    Raises:
+      ValueError: if it says something else.
+
+    Examples:
+      >>> refusal("RESOURCE_EXHAUSTED: Ran out of memory on HBM, 139.20G exceeds.")
+      'Ran out of memory on HBM, 139.20G exceeds.'
+    """
+    word, _, rest = message.partition(": ")
+    if word != "RESOURCE_EXHAUSTED":
+        raise ValueError(message)
+    return rest.splitlines()[0]
 
 
 def run(
@@ -300,6 +321,10 @@ def _label(case: dict[str, Any]) -> str:
     )
 
 
+def _compiled(records: list[Record]) -> list[Record]:
+    return [record for record in records if "refused" not in record["compiler"]]
+
+
 def _ordered(records: list[Record]) -> list[Record]:
     order = lambda name, value: list(name).index(value)
     return sorted(
@@ -316,9 +341,12 @@ def _ordered(records: list[Record]) -> list[Record]:
 
 def tables(records: list[Record]) -> list[Table]:
     """Writes what the compiler says of every step."""
-    rows = []
+    rows, large = [], []
     for record in _ordered(records):
         case, figures = record["case"], record["compiler"]
+        if "refused" in figures:
+            large.append(f"{_label(case)}: {figures['refused']}")
+            continue
         steps = ("late", "auxiliary") if case["optimizer"] == "fishleg" else ("late",)
         for step in steps:
             own, links = seconds(record, step)
@@ -368,13 +396,17 @@ def tables(records: list[Record]) -> list[Table]:
         "GB/s a chip in all directions together, which no message reaches. FishLeg's "
         "auxiliary step is every tenth, late in training."
     )
+    if large:
+        note += f" Too large for a chip, in the compiler's words: {' '.join(large)}"
     return [Table("Training steps at size, compiler's estimate", header, rows, note)]
 
 
 def verdict(records: list[Record]) -> Verdict:
     """Rules *shown* if every step fits and weak scaling keeps its speed."""
+    refused = [_label(r["case"]) for r in records if "refused" in r["compiler"]]
+    records = _compiled(records)
     peaks = {_label(r["case"]): r["compiler"]["peak_bytes"] for r in records}
-    large = {name: peak for name, peak in peaks.items() if peak > MEMORY}
+    large = [name for name, peak in peaks.items() if peak > MEMORY] + refused
     kept = {}
     weak = {
         (r["case"]["size"], r["case"]["mlp"], r["case"]["chips"]): rate(r)
@@ -384,13 +416,10 @@ def verdict(records: list[Record]) -> Verdict:
     for size, mlp, chips in weak:
         if chips == 512 and (size, mlp, 4) in weak:
             kept[f"{size} {mlp}"] = weak[size, mlp, 512] / weak[size, mlp, 4]
-    fits = (
-        f"the largest step takes {max(peaks.values()) / 1e9:.1f} GB of "
-        f"{MEMORY / 1e9:.0f} ({max(peaks, key=peaks.__getitem__)})"
-        if not large
-        else "too large for a chip: "
-        + "; ".join(f"{name}, {peak / 1e9:.1f} GB" for name, peak in large.items())
-    )
+    fits = f"too large for a chip: {'; '.join(large)}"
+    if not large:
+        most = max(peaks, key=peaks.__getitem__)
+        fits = f"the largest step takes {peaks[most] / 1e9:.1f} GB ({most})"
     speeds = ", ".join(f"{name} {share:.2f}" for name, share in kept.items())
     why = (
         f"by the compiler's estimate, not by a measurement: {fits}; tokens a second "
@@ -408,7 +437,7 @@ def draw(records: list[Record]) -> Figure:
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     weak, strong, memory = figure.subplots(1, 3)
     groups: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
-    for record in _ordered(records):
+    for record in _ordered(_compiled(records)):
         case = record["case"]
         group = groups.setdefault((case["size"], case["mlp"], case["optimizer"]), {})
         group.setdefault(case["scaling"], []).append(record)

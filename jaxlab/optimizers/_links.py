@@ -1,8 +1,12 @@
-"""What the optimizers of this room share with ``optax.inject_hyperparams``."""
+"""What the optimizers of this room share: schedules, and what they refuse."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
 
 # What may follow a schedule; everything else that an optimizer is made from is static.
 _HYPERPARAMETERS = {
@@ -19,6 +23,12 @@ _HYPERPARAMETERS = {
     "temperature",
     "weight_decay",
 }
+
+# The end of a message about a missing extra argument.
+DROPPED = (
+    "A plain optax.MultiSteps inside a chain drops it: wrap it with "
+    "jaxlab.training.with_extra_args."
+)
 
 
 def static_args(optimizer: Callable[..., Any]) -> tuple[str, ...]:
@@ -46,3 +56,20 @@ def static_args(optimizer: Callable[..., Any]) -> tuple[str, ...]:
         )
     names = inspect.signature(optimizer).parameters
     return tuple(name for name in names if name not in _HYPERPARAMETERS)
+
+
+def check_alike(name: str, updates: PyTree, params: PyTree) -> None:
+    """Refuses updates that are no tree like params: they would broadcast."""
+    one, two = jax.tree.structure(updates), jax.tree.structure(params)
+    if one != two:
+        raise ValueError(
+            f"{name}: updates and params must be trees of one structure, got {one} and "
+            f"{two}."
+        )
+    shapes = lambda tree: [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    for mine, theirs in zip(shapes(updates), shapes(params), strict=True):
+        if mine != theirs:
+            raise ValueError(
+                f"{name}: every leaf of updates must have the shape of its parameter, "
+                f"got {mine} for {theirs}."
+            )

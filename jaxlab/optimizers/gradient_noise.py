@@ -183,7 +183,8 @@ def annealed_gradient_noise(
                 raise ValueError(
                     f"{name} needs key=: call update(..., key=key) with a fresh "
                     "jax.random.key for each step (make_train_step passes one), or "
-                    f"give the link one for all: {name}(key=jax.random.key(0))."
+                    f"give the link one for all: {name}(key=jax.random.key(0)). "
+                    f"{DROPPED}"
                 )
             _check_key(name, key)
             base = _fold(key, name)

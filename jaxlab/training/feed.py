@@ -187,7 +187,8 @@ class Streamed:
       sharding: of a batch's rows.
 
     Raises:
-      ValueError: if ``steps_per_epoch`` is below 1.
+      ValueError: if ``steps_per_epoch`` is below 1; from ``batches``, if the function
+        raises StopIteration.
 
     Examples:
       >>> feed = Streamed(lambda epoch, step: (step, epoch), steps_per_epoch=2)
@@ -219,7 +220,16 @@ class Streamed:
                 yield batch
 
     def _fetch(self, step):
-        batch = self.function(*divmod(step, self.steps_per_epoch))
+        epoch, within = divmod(step, self.steps_per_epoch)
+        try:
+            batch = self.function(epoch, within)
+        except StopIteration as error:
+            # Inside a generator it would come out as a RuntimeError.
+            raise ValueError(
+                f"train({epoch}, {within}) ran out of batches: it must give one for "
+                f"each of the {self.steps_per_epoch} steps of every epoch. Start its "
+                "iterator anew in each."
+            ) from error
         unpack_batch(batch)
         if self.sharding is None:
             return jax.tree.map(jnp.asarray, batch)

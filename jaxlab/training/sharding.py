@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jaxlab._paths import joined
 from jaxlab.training.feed import place
 
 AXES = ("data", "fsdp", "tensor")
@@ -211,7 +212,7 @@ class ShardingPlan:
         def one(path, leaf):
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return NamedSharding(mesh, _WHOLE)
-            return NamedSharding(mesh, self.spec(_joined(path), leaf.shape, mesh))
+            return NamedSharding(mesh, self.spec(joined(path), leaf.shape, mesh))
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -239,7 +240,7 @@ class ShardingPlan:
         for (path, leaf), cut in zip(leaves, shardings, strict=True):
             spec = f"P{tuple(cut.spec)}".replace(",)", ")")
             rows.append(
-                (_joined(path), str(leaf.shape), spec, str(cut.shard_shape(leaf.shape)))
+                (joined(path), str(leaf.shape), spec, str(cut.shard_shape(leaf.shape)))
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row, widths))
@@ -384,13 +385,6 @@ def init_sharded(
     """
     shapes = jax.eval_shape(init, *args)
     return jax.jit(init, out_shardings=plan.shardings(shapes, mesh))(*args)
-
-
-def _joined(path: Any) -> str:
-    # An nnx.State wraps each array in a variable, which is no part of the name.
-    if len(path) > 1 and str(path[-1]) == ".value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _size(mesh: Mesh, axis: Any) -> int:

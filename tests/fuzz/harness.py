@@ -81,6 +81,14 @@ def transform(make, params, *, extra=(), same=("params", "updates"), **hyperpara
     return Call(make, update, arguments, "updates", same, name=make.__name__)
 
 
+def ramp(*shape, scale=1.0):
+    """Numbers of both signs, none of them equal."""
+    size = int(np.prod(shape))
+    return jnp.asarray(
+        scale * np.sin(1.0 + np.arange(size)).reshape(shape), jnp.float32
+    )
+
+
 # --- Disturbances: kind -> function of (value, salt) -> list of labelled values
 
 

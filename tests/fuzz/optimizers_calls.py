@@ -5,7 +5,6 @@ import runpy
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxlab import optimizers
@@ -21,13 +20,7 @@ from jaxlab.optimizers import (
 
 _HARNESS = runpy.run_path(str(pathlib.Path(__file__).with_name("harness.py")))
 call, transform = _HARNESS["call"], _HARNESS["transform"]
-
-
-def _ramp(*shape, scale=1.0):
-    size = int(np.prod(shape))
-    return jnp.asarray(
-        scale * np.sin(1.0 + np.arange(size)).reshape(shape), jnp.float32
-    )
+_ramp = _HARNESS["ramp"]
 
 
 KEY = jax.random.key(0)

@@ -18,14 +18,7 @@ from jaxlab.objective import Objective, plain
 from jaxlab.training.feed import place, resident
 
 _HARNESS = runpy.run_path(str(pathlib.Path(__file__).with_name("harness.py")))
-call = _HARNESS["call"]
-
-
-def _ramp(*shape, scale=1.0):
-    size = int(np.prod(shape))
-    return jnp.asarray(
-        scale * np.sin(1.0 + np.arange(size)).reshape(shape), jnp.float32
-    )
+call, _ramp = _HARNESS["call"], _HARNESS["ramp"]
 
 
 KEY = jax.random.key(0)

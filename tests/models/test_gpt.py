@@ -1,11 +1,13 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlab.layers import MonarchLinear
 from jaxlab.models import GPT, gpt_s
 
 
@@ -96,3 +98,44 @@ def test_factory_sees_every_layer_of_a_block():
 
     nnx.eval_shape(lambda: gpt_s(linear=linear, rngs=nnx.Rngs(0)))
     assert made == [*[(128, 128)] * 4, (128, 512), (512, 128)] * 4
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_stacked_blocks_are_the_blocks_one_after_the_other(remat):
+    sizes = {"vocabulary": 11, "context": 9, "width": 16, "layers": 3, "heads": 4}
+    plain = GPT(**sizes, rngs=nnx.Rngs(0))
+    stacked = GPT(**sizes, scan=True, remat=remat, rngs=nnx.Rngs(1))
+    graph, params = nnx.split(plain, nnx.Param)
+    other, _ = nnx.split(stacked, nnx.Param)
+    params = nnx.to_pure_dict(params)
+    blocks = params["blocks"].values()
+    stack = params | {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
+    tokens = text(0, 2, 7)
+
+    def loss(graph, params):
+        return jnp.sum(nnx.merge(graph, params)(tokens) ** 2)
+
+    expected = jax.jit(jax.grad(lambda p: loss(graph, p)))(params)
+    found = jax.jit(jax.grad(lambda p: loss(other, p)))(stack)
+    for number, block in expected["blocks"].items():
+        mine = jax.tree.map(lambda x, n=number: x[n], found["blocks"])
+        chex.assert_trees_all_close(mine, block, rtol=1e-4, atol=1e-4)
+    for name in ("embedding", "positions", "norm"):
+        chex.assert_trees_all_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_dtype_is_that_of_the_logits_and_not_of_the_parameters():
+    sizes = {"vocabulary": 11, "context": 9, "width": 16, "layers": 1, "heads": 4}
+    model = GPT(**sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert model(text(0, 2, 7)).dtype == jnp.bfloat16
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def test_layers_of_the_two_layer_maps_have_a_factory_of_their_own():
+    sizes = {"vocabulary": 11, "context": 9, "width": 16, "layers": 1, "heads": 4}
+    monarch = functools.partial(MonarchLinear, nblocks=2)
+    block = GPT(**sizes, feedforward_linear=monarch, rngs=nnx.Rngs(0)).blocks[0]
+    assert isinstance(block.feedforward.up, MonarchLinear)
+    assert isinstance(block.feedforward.down, MonarchLinear)
+    assert isinstance(block.attention.out, nnx.Linear)

@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from jaxlab.layers import MonarchLinear
 from jaxlab.models import cnn, gpt_s, mlp_s
-from jaxlab.optimizers import describe_blocks, q_init
+from jaxlab.optimizers import describe_blocks, fishleg_group_step, q_apply, q_init
 from jaxlab.optimizers.fisher_legendre.blocks import blocks_of, gather, scatter
 
 
@@ -147,3 +147,37 @@ def test_description_of_cuts(max_size):
         leaf.size for leaf in jax.tree.leaves(q_init(params, max_size=max_size))
     )
     assert f"{count} numbers" in describe_blocks(params, max_size=max_size)
+
+
+def test_stacked_kernels_are_as_many_matrices_of_their_own():
+    """(layers, blocks, in, out) under "stacked" learns as each matrix does alone."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    one, two = (jax.random.normal(key, (2, 3, 4, 5)) for key in keys[:2])
+    scales = jnp.exp(jax.random.normal(keys[2], (2, 3, 4, 5)))
+    rule = {"w": "stacked"}
+    whole = q_init({"w": one}, rule=rule)
+    alone = {f"{i}{j}": one[i, j] for i in range(2) for j in range(3)}
+    split = lambda tree: {f"{i}{j}": tree[i, j] for i in range(2) for j in range(3)}
+    parts = q_init(alone)
+    for _ in range(3):
+        whole, _ = fishleg_group_step(
+            None,
+            whole,
+            [{"w": one}],
+            lambda v: {"w": scales * v["w"]},
+            damping=0.1,
+            white_directions=0,
+        )
+        parts, _ = fishleg_group_step(
+            None,
+            parts,
+            [split(one)],
+            lambda v: {k: split(scales)[k] * v[k] for k in v},
+            damping=0.1,
+            white_directions=0,
+        )
+    found, expected = q_apply(whole, {"w": two})["w"], q_apply(parts, split(two))
+    for name, matrix in split(found).items():
+        np.testing.assert_allclose(matrix, expected[name], rtol=1e-5, atol=1e-5)
+    # As a convolution, which is what four axes are by themselves, it is another map.
+    assert describe_blocks({"w": one}, rule=rule) != describe_blocks({"w": one})

@@ -357,13 +357,6 @@ class _Gone(Exception):
         (_Gone("row 3"), 0),
         (ValueError("row 4"), 14),
         (KeyError("image"), 9),
-        pytest.param(
-            StopIteration("no more rows"),
-            7,
-            marks=pytest.mark.xfail(
-                reason="Streamed.batches is a generator: RuntimeError comes out"
-            ),
-        ),
     ],
 )
 def test_an_error_of_the_feeding_function_comes_out_as_it_is(calm, tmp_path, error, at):
@@ -381,6 +374,14 @@ def test_an_error_of_the_feeding_function_comes_out_as_it_is(calm, tmp_path, err
     assert len(result.history["step"]) == STEPS * (5 - done)
     _same(result, calm[0])
     assert _lines(tmp_path) == _lines(calm[1])
+
+
+def test_an_iterator_that_ends_is_named(tmp_path):
+    def ended(epoch, step):
+        raise StopIteration
+
+    with pytest.raises(ValueError, match=r"train\(0, 0\) ran out of batches"):
+        _fit(tmp_path, ended)
 
 
 @pytest.mark.soak

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxlab._norms import wide
+from jaxlab._paths import joined
 
 Kind = Literal["kronecker", "stacked", "scaled", "embedding", "diagonal", "full"]
 Rule = Callable[[str, tuple[int, ...]], str | None] | Mapping[str, str] | None
@@ -106,7 +107,7 @@ def scatter(
             new[block.paths[1]] = matrix[..., 0, :]
             matrix = matrix[..., 1:, :]
         new[block.paths[0]] = matrix
-    put = lambda path, leaf: new[_path(path)].reshape(leaf.shape).astype(leaf.dtype)
+    put = lambda path, leaf: new[joined(path)].reshape(leaf.shape).astype(leaf.dtype)
     return jax.tree_util.tree_map_with_path(put, like)
 
 
@@ -178,15 +179,8 @@ def _numbers(block: Block) -> int:
     return math.prod(block.batch) * each
 
 
-def _path(path: Any) -> str:
-    # An nnx.State wraps each array in a variable, which is no part of the name.
-    if len(path) > 1 and str(path[-1]) == ".value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _leaves(tree: PyTree) -> dict[str, Any]:
-    return {_path(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {joined(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _kind(name: str, rule: Rule, path: str, leaf: Any) -> Kind:

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxlab._norms import all_finite, inner, wide, zeros_wide
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._options import exact_products
+from jaxlab.optimizers._links import DROPPED
 from jaxlab.optimizers.fisher_legendre.auxiliary import (
     Normalize,
     fishleg_auxiliary_gradient,
@@ -497,7 +498,7 @@ def _check_arguments(name, params, fisher_vp, key, white_directions) -> None:
             f"{name} needs fisher_vp=: call update(grads, state, params, fisher_vp="
             "jaxlab.curvature.ggn_operator(apply_fn, likelihood, params, batch), "
             "key=key) (nnx.Optimizer.update takes the same keywords; "
-            "jaxlab.training.make_train_step passes them)."
+            f"jaxlab.training.make_train_step passes them). {DROPPED}"
         )
     if getattr(fisher_vp, "host", False):
         raise ValueError(
@@ -508,7 +509,7 @@ def _check_arguments(name, params, fisher_vp, key, white_directions) -> None:
         raise ValueError(
             f"{name} needs key= for its {white_directions} white direction(s): call "
             "update(..., key=key) with a fresh key each step, or make it with "
-            "white_directions=0."
+            f"white_directions=0. {DROPPED}"
         )
 
 

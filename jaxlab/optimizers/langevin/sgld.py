@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab._norms import wide, zeros_wide
+from jaxlab.optimizers._links import DROPPED, check_alike
 from jaxlab.optimizers.gradient_noise import (
     ScalarOrSchedule,
     _at,
@@ -257,6 +258,8 @@ def psgld(
 
 def _slope(name, grads, params, num_data, prior_precision, count):
     """Estimates the gradient of the negative log-posterior; float32 at least."""
+    if params is not None:
+        check_alike(name, grads, params)
     many = float(num_data)  # which may exceed an int32
     if isinstance(prior_precision, (int, float)) and prior_precision == 0:
         return jax.tree.map(lambda g: many * wide(g), grads)
@@ -287,7 +290,7 @@ def _step_key(name, updates, state, kept, key):
             raise ValueError(
                 f"{name} needs key=: call update(..., key=key) with a fresh "
                 "jax.random.key for each step (make_train_step passes one), or give "
-                f"the link one for all: {name}(..., key=jax.random.key(0))."
+                f"the link one for all: {name}(..., key=jax.random.key(0)). {DROPPED}"
             )
         _check_key(name, key)
         base = _fold(key, name)

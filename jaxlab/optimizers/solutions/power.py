@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
+from jaxlab.optimizers._links import check_alike
 from jaxlab.trees import has_holes
 
 
@@ -103,6 +104,7 @@ def scale_by_power(alpha: ArrayLike) -> optax.GradientTransformationExtraArgs:
             raise ValueError(
                 f"{name} needs params: call update(grads, state, params, ...)."
             )
+        check_alike(name, updates, params)
         a = _checked(name, params, alpha)
 
         def scaled(g, p):

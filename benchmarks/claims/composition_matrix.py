@@ -4,7 +4,7 @@ Every transformation of the suite stands behind and in front of every other and 
 AdamW, Muon, SGD with momentum, clipping and a schedule, two at a time and in both
 orders, and goes into ``optax.MultiSteps``, ``inject_hyperparams``, schedules and
 ``masked``. Each stack takes five steps by ``make_train_step``; what counts as running,
-and what each order means, is said in ``benchmarks.compositions``.
+and what each order means, is said in ``benchmarks.stacks``.
 
 A stack that runs may still be meaningless: two optimizers, one behind the other, turn
 the sign of the gradient twice. Such orders are judged by what the rules do, not by the
@@ -26,8 +26,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks import compositions, plots
-from benchmarks.compositions import (
+from benchmarks import plots, stacks
+from benchmarks.results import Record
+from benchmarks.stacks import (
     FAILS,
     OTHER,
     OURS,
@@ -38,7 +39,6 @@ from benchmarks.compositions import (
     WRONG,
     Meaning,
 )
-from benchmarks.results import Record
 from benchmarks.tables import Table, Verdict
 
 CLAIM = (
@@ -97,7 +97,7 @@ PRESETS = {
         problems=PROBLEMS,
         links=("gradient_norm_penalty", "running_median", "scale_by_power"),
         wrapped=tuple(rule.name for rule in OURS),
-        light=tuple(name for name in PROBLEMS if compositions.MLP not in name),
+        light=tuple(name for name in PROBLEMS if stacks.MLP not in name),
     ),
 }
 
@@ -117,7 +117,7 @@ def blocks(options: Options) -> list[Block]:
         wrapped = [
             (rule, wrapper)
             for rule in options.wrapped
-            for wrapper in compositions.wrappers_of(RULES[rule])
+            for wrapper in stacks.wrappers_of(RULES[rule])
             if name in options.problems
             and (name not in options.light or _light(rule, wrapper))
         ]
@@ -128,8 +128,8 @@ def blocks(options: Options) -> list[Block]:
 def _light(rule: str, wrapper: str) -> bool:
     """Tells whether a stack is among the few of the larger problems."""
     if RULES[rule].fishleg:
-        return (rule, wrapper) == ("fishleg", compositions.ALONE)
-    few = compositions.INSIDE, compositions.MASKED, compositions.SCHEDULED
+        return (rule, wrapper) == ("fishleg", stacks.ALONE)
+    few = stacks.INSIDE, stacks.MASKED, stacks.SCHEDULED
     return wrapper in few
 
 
@@ -137,27 +137,27 @@ def run(options: Options, progress: Callable[..., Any]) -> Iterator[dict[str, An
     """Runs all stacks; one record for each problem and kind of stack."""
     todo = blocks(options)
     total = sum(len(block.pairs) + len(block.wrapped) for block in todo)
-    with progress(total, "claim compositions") as tick:
+    with progress(total, "claim composition_matrix") as tick:
         for block in todo:
-            on = compositions.problem(block.problem)
+            on = stacks.problem(block.problem)
 
             def record(part, cells, block=block, on=on):
                 return {
                     "case": {"problem": block.problem, "part": part},
-                    "data": compositions.data_of(block.problem),
+                    "data": stacks.data_of(block.problem),
                     "dtype": "float32",
                     "shapes": {"inputs": list(on.batches[0][0].shape)},
                     "seed": 0,
                     "samples": {},
-                    "steps": compositions.STEPS,
+                    "steps": stacks.STEPS,
                     "options": dataclasses.asdict(options),
                     "cells": cells,
                 }
 
-            for part, stacks in ((PAIRS, block.pairs), (WRAPPERS, block.wrapped)):
+            for part, named in ((PAIRS, block.pairs), (WRAPPERS, block.wrapped)):
                 cells = []
-                for one, two in stacks:
-                    found = compositions.outcome(_maker(part, one, two), on)
+                for one, two in named:
+                    found = stacks.outcome(_maker(part, one, two), on)
                     cells.append({"one": one, "two": two, **found._asdict()})
                     tick(f"{block.problem}: {one}, {two}: {found.word}")
                 if cells:
@@ -166,15 +166,15 @@ def run(options: Options, progress: Callable[..., Any]) -> Iterator[dict[str, An
 
 def _maker(part: str, one: str, two: str) -> Callable[[], Any]:
     if part == PAIRS:
-        return lambda: compositions.pair(RULES[one], RULES[two])
-    return lambda: compositions.WRAPPERS[two](RULES[one])
+        return lambda: stacks.pair(RULES[one], RULES[two])
+    return lambda: stacks.WRAPPERS[two](RULES[one])
 
 
 def expected(part: str, one: str, two: str) -> Meaning:
     """Gives what is expected of a stack."""
     if part == PAIRS:
-        return compositions.meaning(RULES[one], RULES[two])
-    return compositions.wrapped_meaning(RULES[one], two)
+        return stacks.meaning(RULES[one], RULES[two])
+    return stacks.wrapped_meaning(RULES[one], two)
 
 
 def letter(part: str, cell: dict[str, Any]) -> str:
@@ -295,18 +295,18 @@ def _judged(records: list[Record], key: str, title: str, word: str) -> Table:
         if letter(part, cell) == key:
             meant = expected(part, cell["one"], cell["two"])
             why = meant.why if meant.word == word else f"not refused: {meant.why}"
-            stacks = groups.setdefault((cell["one"], why), {})
-            stacks.setdefault(cell["two"], []).append(cell["slope"])
+            held = groups.setdefault((cell["one"], why), {})
+            held.setdefault(cell["two"], []).append(cell["slope"])
     rows = [
         (
             one,
             ", ".join(
                 f"{two} ({sum(slopes) / len(slopes):+.2f})"
-                for two, slopes in stacks.items()
+                for two, slopes in held.items()
             ),
             why,
         )
-        for (one, why), stacks in groups.items()
+        for (one, why), held in groups.items()
     ]
     header = ("first, or rule", "then, or wrapper", "why")
     note = (

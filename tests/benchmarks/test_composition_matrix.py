@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from benchmarks import members
-from benchmarks.claims import compositions as member
-from benchmarks.compositions import (
+from benchmarks.claims import composition_matrix as member
+from benchmarks.stacks import (
     FAILS,
     OURS,
     PROBLEMS,
@@ -156,7 +156,7 @@ def test_every_order_has_a_reason():
 
 def test_small_run():
     found = members.run(
-        member, kind="claim", name="compositions", preset="small", arguments=[]
+        member, kind="claim", name="composition_matrix", preset="small", arguments=[]
     )
     assert [r["case"]["part"] for r in found] == [member.PAIRS, member.WRAPPERS]
     letters = {
