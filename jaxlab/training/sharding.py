@@ -82,15 +82,15 @@ def make_mesh(
       The mesh; axes may have size 1.
 
     Raises:
-      ValueError: if a size is neither positive nor, one of them, -1, or the product is
-        not the number of devices.
+      ValueError: if a size is neither positive nor, one of them, -1, the product is not
+        the number of devices, or there are none.
 
     Examples:
       >>> dict(make_mesh(fsdp=2, devices=jax.devices()[:4]).shape)
       {'data': 2, 'fsdp': 2, 'tensor': 1}
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    whole = all(isinstance(n, int) and (n == -1 or n >= 1) for n in sizes.values())
+    whole = all(_is_integer(n) and (n == -1 or n >= 1) for n in sizes.values())
     open_axes = [name for name, n in sizes.items() if n == -1]
     if not whole or len(open_axes) > 1:
         raise ValueError(
@@ -98,6 +98,8 @@ def make_mesh(
             f"left of the devices); got {sizes}."
         )
     devices = list(jax.devices() if devices is None else devices)
+    if not devices:
+        raise ValueError("make_mesh: devices must hold at least one, got none.")
     fixed = math.prod(n for n in sizes.values() if n != -1)
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed
@@ -129,7 +131,8 @@ class ShardingPlan:
       smallest: leaves of fewer entries stay whole: a message costs more than it saves.
 
     Raises:
-      ValueError: if a rule is no such pair, or its expression does not compile.
+      ValueError: if a rule is no such pair, its expression does not compile, or
+        ``smallest`` is no integer >= 0.
 
     Examples:
       >>> plan = ShardingPlan(rules=(("w$", PartitionSpec("fsdp", None)),), smallest=1)
@@ -144,6 +147,10 @@ class ShardingPlan:
     smallest: int = 2**10
 
     def __post_init__(self):
+        if not (_is_integer(self.smallest) and self.smallest >= 0):
+            raise ValueError(
+                f"ShardingPlan: smallest must be an integer >= 0, got {self.smallest!r}."
+            )
         for rule in self.rules:
             pair = isinstance(rule, tuple) and len(rule) == 2
             if not (pair and isinstance(rule[1], PartitionSpec)):
@@ -170,8 +177,8 @@ class ShardingPlan:
           The spec, of the length of the shape or empty.
 
         Raises:
-          ValueError: if a rule for it names an axis that the mesh lacks, or is longer
-            than the shape.
+          ValueError: if a rule for it, or ``rest``, names an axis that the mesh lacks,
+            or the rule is longer than the shape.
 
         Examples:
           >>> mesh = make_mesh(fsdp=8)
@@ -201,7 +208,7 @@ class ShardingPlan:
           A tree of the same structure.
 
         Raises:
-          ValueError: as :meth:`spec`.
+          ValueError: as :meth:`spec`, or if a leaf has neither shape nor dtype.
 
         Examples:
           >>> mesh = make_mesh()
@@ -209,7 +216,15 @@ class ShardingPlan:
           ()
         """
 
+        _check_mesh("ShardingPlan", mesh)
+
         def one(path, leaf):
+            if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+                raise ValueError(
+                    "ShardingPlan: leaves must be arrays or ShapeDtypeStructs, got "
+                    f"{type(leaf).__name__} at {joined(path)}; jax.numpy.asarray makes "
+                    "a number one."
+                )
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return NamedSharding(mesh, _WHOLE)
             return NamedSharding(mesh, self.spec(joined(path), leaf.shape, mesh))
@@ -249,6 +264,11 @@ class ShardingPlan:
     def _longest(self, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if self.rest is None:
             return _WHOLE
+        if self.rest not in mesh.shape:
+            raise ValueError(
+                f"ShardingPlan: rest={self.rest!r} is no axis of the mesh, which has "
+                f"{tuple(mesh.shape)}."
+            )
         parts = _size(mesh, self.rest)
         even = [axis for axis, n in enumerate(shape) if n % parts == 0]
         if parts == 1 or not even:
@@ -323,6 +343,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
       >>> tuple(batch_sharding(make_mesh(fsdp=2)).spec)
       (('data', 'fsdp'),)
     """
+    _check_mesh("batch_sharding", mesh)
     axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
     if not axes:
         raise ValueError(
@@ -346,7 +367,7 @@ def shard(tree: PyTree, mesh: Mesh, plan: ShardingPlan) -> PyTree:
       The tree in its new places.
 
     Raises:
-      ValueError: as :meth:`ShardingPlan.spec`.
+      ValueError: as :meth:`ShardingPlan.shardings`, or if mesh or plan are none.
 
     Examples:
       >>> mesh = make_mesh(fsdp=8)
@@ -354,6 +375,7 @@ def shard(tree: PyTree, mesh: Mesh, plan: ShardingPlan) -> PyTree:
       >>> tree["w"].addressable_shards[0].data.shape
       (64, 16)
     """
+    _check_plan("shard", plan)
     return jax.tree.map(place, tree, plan.shardings(tree, mesh))
 
 
@@ -373,7 +395,7 @@ def init_sharded(
       What ``init`` returns, cut by the plan.
 
     Raises:
-      ValueError: as :meth:`ShardingPlan.spec`.
+      ValueError: as :func:`shard`, or if ``init`` is no function.
 
     Examples:
       >>> init = lambda key: {"w": jax.random.normal(key, (64, 128))}
@@ -383,8 +405,34 @@ def init_sharded(
       >>> params["w"].addressable_shards[0].data.shape
       (64, 16)
     """
+    _check_plan("init_sharded", plan)
+    if not callable(init):
+        raise ValueError(
+            "init_sharded: init must be a function that makes the tree, got "
+            f"{type(init).__name__}; shard() lays out a tree that is there."
+        )
     shapes = jax.eval_shape(init, *args)
     return jax.jit(init, out_shardings=plan.shardings(shapes, mesh))(*args)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_mesh(name: str, mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"{name}: mesh must be a Mesh, as make_mesh gives, got "
+            f"{type(mesh).__name__}."
+        )
+
+
+def _check_plan(name: str, plan: Any) -> None:
+    if not isinstance(plan, ShardingPlan):
+        raise ValueError(
+            f"{name}: plan must be a ShardingPlan, such as fully_sharded(), got "
+            f"{type(plan).__name__}; call it as {name}(..., mesh=mesh, plan=plan)."
+        )
 
 
 def _size(mesh: Mesh, axis: Any) -> int:
