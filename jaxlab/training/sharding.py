@@ -149,7 +149,8 @@ class ShardingPlan:
     def __post_init__(self):
         if not (_is_integer(self.smallest) and self.smallest >= 0):
             raise ValueError(
-                f"ShardingPlan: smallest must be an integer >= 0, got {self.smallest!r}."
+                "ShardingPlan: smallest must be an integer >= 0, got "
+                f"{self.smallest!r}."
             )
         for rule in self.rules:
             pair = isinstance(rule, tuple) and len(rule) == 2
@@ -215,7 +216,6 @@ class ShardingPlan:
           >>> tuple(fully_sharded().shardings({"w": jax.numpy.ones(9)}, mesh)["w"].spec)
           ()
         """
-
         _check_mesh("ShardingPlan", mesh)
 
         def one(path, leaf):
