@@ -151,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case Speed() | Claim() | Estimate():
             return _measure(command, arguments)
         case TrainCompare():
-            from benchmarks import training_runs
+            from benchmarks import training_comparison
 
-            return training_runs.compare(command.directories, command.picture)
+            return training_comparison.compare(command.directories, command.picture)
         case Demo():
             if command.record and command.preset != "full":
                 print("error: --record keeps full runs only.", file=sys.stderr)

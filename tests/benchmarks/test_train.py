@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from flax import nnx
 
 from benchmarks import __main__ as cli
-from benchmarks import train, training_runs
+from benchmarks import train, training_comparison, training_runs
 from benchmarks.train import Config
 from benchmarks.training_runs import SECONDS, TOKENS
 from jaxlab.likelihoods import Categorical
@@ -354,7 +354,7 @@ def two_runs(tmp_path):
 
 
 def test_comparison_at_equal_tokens_and_seconds(two_runs):
-    (tokens, seconds), _ = training_runs.comparison(two_runs)
+    (tokens, seconds), _ = training_comparison.comparison(two_runs)
     # To 200 tokens, which the shorter run has; a quarter lies before an evaluation.
     assert tokens.header[1:4] == ("at 50", "at 100", "at 200")
     assert [row[:4] for row in tokens.rows] == [
@@ -369,7 +369,7 @@ def test_comparison_at_equal_tokens_and_seconds(two_runs):
     ]
     assert tokens.rows[0][4:] == ("400", "50", "2.0", "7", "cpu")
     # Between two evaluations the loss is interpolated.
-    assert training_runs.past(two_runs[0]).at(TOKENS, 150) == 2.5
+    assert training_comparison.past(two_runs[0]).at(TOKENS, 150) == 2.5
 
 
 def test_comparison_is_printed_and_drawn(two_runs, tmp_path, capsys):
