@@ -212,7 +212,10 @@ def test_unknown_member_and_misplaced_small_run_are_refused(capsys):
     assert "full runs only" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "list", "speed", "claim", "estimate", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "list", "speed", "claim", "estimate", "train", "train-compare", "demo"],
+)
 def test_help_is_there(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*name.split(), "--help"])

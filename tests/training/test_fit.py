@@ -457,5 +457,5 @@ def test_the_page_runs(tmp_path, monkeypatch):
     names, count = pages["run"](PAGE)
     assert count == 6
     assert names["means"]["accuracy"] > 0.9
-    assert names["count"] == 8
+    assert dict(names["mesh"].shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert len(names["result"].epochs) == 2
