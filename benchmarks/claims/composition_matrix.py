@@ -148,7 +148,8 @@ def run(options: Options, progress: Callable[..., Any]) -> Iterator[dict[str, An
                     "dtype": "float32",
                     "shapes": {"inputs": list(on.batches[0][0].shape)},
                     "seed": 0,
-                    "samples": {},
+                    # One repetition of each: the mean cosine of moves and gradients.
+                    "samples": {f"{c['one']}, {c['two']}": [c["slope"]] for c in cells},
                     "steps": stacks.STEPS,
                     "options": dataclasses.asdict(options),
                     "cells": cells,
