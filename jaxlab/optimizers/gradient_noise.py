@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from jaxlab import trees
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
+from jaxlab.optimizers._links import DROPPED
 
 ScalarOrSchedule = ArrayLike | Callable[..., Any]
 
