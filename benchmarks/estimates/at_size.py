@@ -5,7 +5,8 @@ meshes that need not be here: memory of a chip, operations, messages between chi
 the cycles that the compiler's scheduler expects. Nothing is run.
 
 The models are ``jaxlab.models.GPT`` with the blocks stacked and recomputed, bfloat16
-activations, float32 parameters, context 2,048; the state is cut by
+activations, float32 parameters, context 2,048, linear layers without biases (a bias is
+a row more of FishLeg's matrices, and 2,049 rows divide by nothing); the state is cut by
 ``tensor_parallel()`` over at most 16 chips, rows over all. In weak scaling a chip has
 4 sequences; in strong scaling the batch has 512, in micro-batches of 4 a chip.
 
@@ -142,8 +143,10 @@ def step_and_shapes(case: Case, mesh: Any, *, context: int, vocabulary: int):
 
     width, layers, heads = SIZES[case.size]
     rows = training.batch_sharding(mesh)
-    dense = functools.partial(nnx.Linear, dtype=jnp.bfloat16)
-    monarch = functools.partial(MonarchLinear, nblocks=16, dtype=jnp.bfloat16)
+    dense = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.bfloat16)
+    monarch = functools.partial(
+        MonarchLinear, nblocks=16, use_bias=False, dtype=jnp.bfloat16
+    )
     make = lambda: GPT(
         vocabulary=vocabulary,
         context=context,
