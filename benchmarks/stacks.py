@@ -44,7 +44,7 @@ INVERSE = "multiplies by an inverse Fisher"
 MAKES = "makes steps"
 SAMPLES = "makes steps with noise"
 
-RIGHT, OTHER, REFUSED, WRONG = "right", "other", "refused", "wrong"
+RIGHT, OTHER, REFUSED = "right", "other", "refused"
 RUNS, FAILS = "runs", "fails"
 
 
@@ -235,7 +235,7 @@ def wrappers_of(rule: Rule) -> list[str]:
 
 
 class Meaning(NamedTuple):
-    word: str  # right, other, refused, wrong
+    word: str  # right, other, refused
     why: str
 
 
@@ -249,34 +249,34 @@ def meaning(first: Rule, second: Rule) -> Meaning:
     """Judges two rules in this order.
 
     *right*: each sees what it is made for. *other*: it computes something well defined
-    that is not what the names suggest. *refused*: it must raise. *wrong*: no use of it
-    is right, so that it ought to raise.
+    that is not what the names suggest. *refused*: no use of it is right, so that it
+    must raise.
     """
+    if first.kind == SAMPLES:
+        return Meaning(REFUSED, "what stands behind Langevin steps changes their law")
     if second.kind == TAKES:
         return _TAKEN
-    if first.kind == SAMPLES:
-        return Meaning(WRONG, "what stands behind Langevin steps changes their law")
     if first.kind == MAKES:
         return _behind_steps(second)
     if second.kind == SAMPLES:
         return _in_front_of_samples(first)
     if first.kind == INVERSE:
         if second.fishleg:
-            return Meaning(WRONG, "two inverses: the square of one is no step")
+            return Meaning(REFUSED, "two inverses: the square of one is no step")
         if second.name in (CLIP, SCHEDULE, "optax.sgd"):
             return _RIGHT
         return Meaning(OTHER, "FishLeg's step is changed after its length was chosen")
     if first.kind == POWER:
         if second.fishleg:
             return Meaning(
-                WRONG, "FishLeg's model takes a scaled gradient for the true"
+                REFUSED, "FishLeg's model takes a scaled gradient for the true"
             )
         if second.name == "optax.adamw":
             return Meaning(OTHER, "Adam divides a lasting factor of its input away")
         if second.kind == POWER:
             return Meaning(OTHER, "two powers multiply; they are no power of one alpha")
     if first.name == second.name == NOISE:
-        return Meaning(WRONG, "both draw the same numbers from the step's one key")
+        return Meaning(REFUSED, "both draw the same numbers from the step's one key")
     if first.name == SCHEDULE and second.name in ("optax.adamw", "optax.contrib.muon"):
         return Meaning(OTHER, "the optimizer divides the scale of its input away")
     return _RIGHT
@@ -285,10 +285,10 @@ def meaning(first: Rule, second: Rule) -> Meaning:
 def _behind_steps(second: Rule) -> Meaning:
     if second.steps:
         return Meaning(
-            WRONG, "two optimizers: the sign turns twice, and the loss rises"
+            REFUSED, "two optimizers: the sign turns twice, and the loss rises"
         )
     if second.fishleg:
-        return Meaning(WRONG, "FishLeg's model takes a step for the gradient")
+        return Meaning(REFUSED, "FishLeg's model takes a step for the gradient")
     if second.name in (CLIP, SCHEDULE):
         return _RIGHT
     return Meaning(OTHER, "it acts on the step, in the units of the parameters")
@@ -296,7 +296,7 @@ def _behind_steps(second: Rule) -> Meaning:
 
 def _in_front_of_samples(first: Rule) -> Meaning:
     if first.kind in (POWER, INVERSE):
-        return Meaning(WRONG, "the drift is scaled, and the noise is not")
+        return Meaning(REFUSED, "the drift is scaled, and the noise is not")
     if first.kind == TAKES:
         return Meaning(OTHER, "it samples the posterior of the penalised loss")
     if first.name == NOISE:

@@ -34,9 +34,7 @@ from benchmarks.stacks import (
     OURS,
     PROBLEMS,
     REFUSED,
-    RIGHT,
     RULES,
-    WRONG,
     Meaning,
 )
 from benchmarks.tables import Table, Verdict
@@ -55,7 +53,7 @@ LEGEND = {
     "o": "runs and computes something other than the names suggest",
     "x": "refused, with a message",
     "W": "runs and should not: no use of it is right",
-    "N": "refused though it would be right",
+    "N": "refused though there is a use for it",
     "C": "runs and climbs",
     "F": "fails otherwise",
     "-": "not run",
@@ -184,8 +182,8 @@ def letter(part: str, cell: dict[str, Any]) -> str:
     if cell["word"] == FAILS:
         return "F"
     if cell["word"] == REFUSED:
-        return "N" if meant == RIGHT else "x"
-    if meant in (WRONG, REFUSED):
+        return "x" if meant == REFUSED else "N"
+    if meant == REFUSED:
         return "W"
     if cell["slope"] >= 0:
         return "C"
@@ -237,8 +235,8 @@ def tables(records: list[Record]) -> list[Table]:
         matrix,
         *_elsewhere(records),
         _refusals(records),
-        _judged(records, "W", "Runs and should not", WRONG),
-        _judged(records, "o", "Runs and is something else", OTHER),
+        _judged(records, "W", "Runs and should not"),
+        _judged(records, "o", "Runs and is something else"),
         _broken(records),
     ]
 
@@ -289,13 +287,12 @@ def _refusals(records: list[Record]) -> Table:
     return Table("Refusals", ("message", "stacks"), rows)
 
 
-def _judged(records: list[Record], key: str, title: str, word: str) -> Table:
+def _judged(records: list[Record], key: str, title: str) -> Table:
     """Lists why stacks are judged as they are, with the stacks and their cosines."""
     groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for _, part, cell in _cells(records):
         if letter(part, cell) == key:
-            meant = expected(part, cell["one"], cell["two"])
-            why = meant.why if meant.word == word else f"not refused: {meant.why}"
+            why = expected(part, cell["one"], cell["two"]).why
             held = groups.setdefault((cell["one"], why), {})
             held.setdefault(cell["two"], []).append(cell["slope"])
     rows = [

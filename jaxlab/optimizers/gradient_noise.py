@@ -32,6 +32,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab import trees
+from jaxlab._chains import Place
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
 from jaxlab.optimizers._links import DROPPED
@@ -125,6 +126,12 @@ class GradientNoiseState(NamedTuple):
 
     count: Int[Array, ""]
     key: Any
+
+    @property
+    def place(self) -> Place | None:
+        """Says where it may stand, if the step's key is what it draws from."""
+        ours = not isinstance(self.key, tuple)
+        return None if ours else Place("annealed_gradient_noise", "noise")
 
 
 def annealed_gradient_noise(

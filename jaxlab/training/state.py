@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxlab._chains import check_chain
+
 
 @runtime_checkable
 class Optimizer(Protocol):
@@ -102,7 +104,8 @@ def create_state(
       caller's ``params`` alone.
 
     Raises:
-      ValueError: if ``key`` is not a typed key.
+      ValueError: if ``key`` is not a typed key, or the optimizer is a chain of links
+        of this package in an order of which no use is right.
 
     Examples:
       >>> import optax
@@ -118,6 +121,7 @@ def create_state(
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     params = copy(params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))
+    check_chain(opt_state)
     scale = ()
     if loss_scale is not None:
         scale = LossScale(jnp.float32(loss_scale), jnp.zeros((), jnp.int32))

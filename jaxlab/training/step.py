@@ -26,6 +26,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxlab import trees
+from jaxlab._chains import check_chain
 from jaxlab.likelihoods import row_shares
 from jaxlab.objective import Batch, Objective, unpack_batch
 from jaxlab.training.state import LossScale, Optimizer, TrainState
@@ -71,7 +72,7 @@ def make_train_step(
     Raises:
       ValueError: if ``accumulate`` is below 1 or, at the first call, does not divide
         the batch; if ``loss_scale`` is neither positive nor "dynamic", or is dynamic
-        and the state holds none.
+        and the state holds none; at the first call also as :func:`create_state`.
 
     Examples:
       >>> import optax
@@ -106,6 +107,7 @@ def make_train_step(
                 'make_train_step(loss_scale="dynamic") needs a state made by '
                 "create_state(..., loss_scale=2.0**15)."
             )
+        check_chain(state.opt_state)
         noise = jax.random.fold_in(state.key, state.step)
         model_key, update_key = jax.random.split(noise)
         scale = state.loss_scale.scale if dynamic else loss_scale

@@ -66,7 +66,7 @@ def records():
         (cell(MEDIAN, GNP), "W"),
         (cell(SGLD, ADAMW), "W"),
         (cell(SGLD, ADAMW, REFUSED), "x"),
-        (cell(GNP, SGLD, REFUSED), "x"),
+        (cell(GNP, SGLD, REFUSED), "N"),
         (cell(GNP, ADAMW, REFUSED), "N"),
         (cell(GNP, ADAMW, slope=0.1), "C"),
         (cell(GNP, ADAMW, FAILS, "not finite"), "F"),

@@ -27,6 +27,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxlab._chains import Place
 from jaxlab._norms import all_finite, inner, wide, zeros_wide
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._options import exact_products
@@ -101,6 +102,14 @@ class FishLegState(NamedTuple):
     fit: Float[Array, ""]
     skipped: Int[Array, ""]
     decrease: Float[Array, ""]
+
+    place = Place("scale_by_fishleg", "inverse")
+
+
+class _StepMade(NamedTuple):
+    """State of the end of :func:`fishleg`: behind it there are steps."""
+
+    place = Place("fishleg", "steps")
 
 
 def scale_by_fishleg(
@@ -423,7 +432,10 @@ def fishleg(
         links.append(optax.ema(momentum, debias=False))
     rate = 1.0 if learning_rate is None else learning_rate
     links.append(optax.scale_by_learning_rate(rate))
-    return optax.chain(*links)
+    end = optax.GradientTransformation(
+        lambda _: _StepMade(), lambda u, s, _=None: (u, s)
+    )
+    return optax.chain(*links, end)
 
 
 def _at(value: ScalarOrSchedule, count: Any) -> Any:

@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxlab._chains import Place
 from jaxlab._norms import wide, zeros_wide
 from jaxlab.optimizers._links import DROPPED, check_alike
 from jaxlab.optimizers.gradient_noise import (
@@ -84,6 +85,8 @@ class SGLDState(NamedTuple):
     count: Int[Array, ""]
     key: Any
 
+    place = Place("sgld", "samples")
+
 
 class PSGLDState(NamedTuple):
     """State of :func:`psgld`.
@@ -101,6 +104,8 @@ class PSGLDState(NamedTuple):
     count: Int[Array, ""]
     key: Any
     square: PyTree
+
+    place = Place("psgld", "samples")
 
 
 def sgld(

@@ -3,12 +3,15 @@
 See :mod:`jaxlab.optimizers.solutions` for the formulas.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from jaxlab._chains import Place
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
 from jaxlab.optimizers._links import check_alike
@@ -69,6 +72,12 @@ def powerprop_init(params: PyTree, *, alpha: ArrayLike) -> PyTree:
         return _on_leaves(root, params)
 
 
+class ScaleByPowerState(NamedTuple):
+    """State of :func:`scale_by_power`, which holds nothing."""
+
+    place = Place("scale_by_power", "power")
+
+
 def scale_by_power(alpha: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """Scales gradients by ``alpha^2 |w|^(2 (alpha - 1) / alpha)``.
 
@@ -97,7 +106,7 @@ def scale_by_power(alpha: ArrayLike) -> optax.GradientTransformationExtraArgs:
 
     def init(params):
         _checked(name, params, alpha)
-        return optax.EmptyState()
+        return ScaleByPowerState()
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
