@@ -53,7 +53,7 @@ test: test-typed test-untyped
 # wrong input reaches the messages of our own.
 test-typed: $(SETUP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not untyped and not soak" \
-	  --jaxtyping-packages=jaxlab,beartype.beartype $(COV) --cov-report=
+	  --jaxtyping-packages=jaxlab,beartype.beartype $(COV) --cov-report= --durations=30
 
 test-untyped: $(SETUP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "untyped and not soak" \

@@ -13,6 +13,11 @@ def wide(leaf: ArrayLike) -> Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts a tree to the dtypes of another, of which NumPy's float64 is float32."""
+    return jax.tree.map(lambda t, x: t.astype(jnp.result_type(x)), tree, like)
+
+
 def zeros_wide(tree: PyTree) -> PyTree:
     """Makes zeros like a tree, of float32 at least."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(wide(leaf)), tree)

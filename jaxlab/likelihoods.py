@@ -23,6 +23,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
+from jaxlab._array_checks import check_floating
+from jaxlab._checks import described
+
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "row_shares"]
 
 Outputs = Float[Array, "*rows event"]
@@ -83,6 +86,12 @@ def row_shares(
       >>> row_shares((3,), jnp.array([1.0, 1.0, 0.0]))
       Array([0.5, 0.5, 0. ], dtype=float32)
     """
+    if not isinstance(rows, (tuple, list)):
+        raise ValueError(
+            "row_shares: rows must be a shape such as (batch, time), got "
+            f"{described(rows)}."
+        )
+    rows = tuple(rows)
     if weights is None:
         count = math.prod(rows)
         return jnp.full(rows, 1 / count if count else 0.0, dtype)
@@ -150,13 +159,18 @@ class Categorical:
 
     def sample(self, key: Key[Array, ""], outputs: Outputs) -> Shaped[Array, "*rows"]:
         """Draws integer classes, one a row."""
-        return jax.random.categorical(key, _widened(outputs))
+        outputs = _widened(outputs)
+        if not outputs.ndim:
+            raise ValueError(
+                "Categorical: outputs must have a last axis, the classes; got a scalar."
+            )
+        return jax.random.categorical(key, outputs)
 
     def hessian_product(
         self, outputs: Outputs, v: Outputs, *, weights: ArrayLike | None = None
     ) -> Outputs:
         """Multiplies ``v`` by the Hessian of ``nll``: share x (diag(p) - p p^T)."""
-        _check_like(outputs, v, "hessian_product: v")
+        _check_v(outputs, v)
         p = jax.nn.softmax(_widened(outputs))
         pv = p * _widened(v)
         return _shared(pv - p * pv.sum(-1, keepdims=True), v, weights)
@@ -189,14 +203,15 @@ class Bernoulli:
 
     def sample(self, key: Key[Array, ""], outputs: Outputs) -> Outputs:
         """Draws zeros and ones with the shape and dtype of the outputs."""
+        check_floating("Bernoulli", "outputs", outputs)
         p = jax.nn.sigmoid(_widened(outputs))
-        return jax.random.bernoulli(key, p).astype(outputs.dtype)
+        return jax.random.bernoulli(key, p).astype(jnp.result_type(outputs))
 
     def hessian_product(
         self, outputs: Outputs, v: Outputs, *, weights: ArrayLike | None = None
     ) -> Outputs:
         """Multiplies ``v`` by the Hessian of ``nll``: share x p (1 - p)."""
-        _check_like(outputs, v, "hessian_product: v")
+        _check_v(outputs, v)
         outputs = _widened(outputs)
         variance = jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)
         return _shared(variance * _widened(v), v, weights)
@@ -240,27 +255,30 @@ class Gaussian:
 
     def sample(self, key: Key[Array, ""], outputs: Outputs) -> Outputs:
         """Draws targets with the shape and dtype of the outputs."""
-        noise = jax.random.normal(key, outputs.shape, _widened(outputs).dtype)
+        check_floating("Gaussian", "outputs", outputs)
+        mean = _widened(outputs)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
         scale = jnp.asarray(self.scale, noise.dtype)
-        return (_widened(outputs) + scale * noise).astype(outputs.dtype)
+        return (mean + scale * noise).astype(jnp.result_type(outputs))
 
     def hessian_product(
         self, outputs: Outputs, v: Outputs, *, weights: ArrayLike | None = None
     ) -> Outputs:
         """Multiplies ``v`` by the Hessian of ``nll``: share / scale^2."""
-        _check_like(outputs, v, "hessian_product: v")
+        _check_v(outputs, v)
         wide = _widened(v)
         return _shared(wide / jnp.asarray(self.scale, wide.dtype) ** 2, v, weights)
 
 
 def _widened(x):
     """Casts to float32 at least: sums and exponentials need it."""
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _shared(product, v, weights):
     shares = row_shares(product.shape[:-1], weights, dtype=product.dtype)
-    return (shares[..., None] * product).astype(v.dtype)
+    return (shares[..., None] * product).astype(jnp.result_type(v))
 
 
 def _check_integers(outputs, targets):
@@ -273,8 +291,12 @@ def _check_integers(outputs, targets):
         )
 
 
+def _check_v(outputs, v):
+    _check_like(outputs, v, "hessian_product: v")
+    check_floating("hessian_product", "v", v)
+
+
 def _check_like(outputs, other, name):
-    if other.shape != outputs.shape:
-        raise ValueError(
-            f"{name} must have the outputs' shape {outputs.shape}, got {other.shape}."
-        )
+    here, there = (jnp.asarray(array).shape for array in (outputs, other))
+    if there != here:
+        raise ValueError(f"{name} must have the outputs' shape {here}, got {there}.")

@@ -1,5 +1,6 @@
 """Rows of an orthonormal basis of changing length: projections, and turns in place."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -48,8 +49,17 @@ def projected(rows: Rows, w: Vector):
     return w - jnp.matmul(c, rows, precision=lax.Precision.HIGHEST), c
 
 
-def rotated(rows: Rows, turn: Square, wanted: Bool[Array, ""]) -> Rows:
-    """Multiplies by ``turn`` in place, some columns at a time, or leaves all alone."""
+def rotated(rows: Rows, turn: Square, wanted: Bool[Array, ""], parts: int = 1) -> Rows:
+    """Multiplies by ``turn`` in place, some columns at a time, or leaves all alone.
+
+    Columns that are cut over devices in ``parts`` are taken some of each part at a
+    time, or the whole basis would have to be sent around.
+    """
+    if parts > 1:
+        turned = jax.vmap(rotated, (1, None, None), 1)
+        return turned(rows.reshape(len(rows), parts, -1), turn, wanted).reshape(
+            rows.shape
+        )
     size = rows.shape[1]
     width = min(_COLUMNS, size)
     whole, tail = divmod(size, width)

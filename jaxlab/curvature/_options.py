@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxlab._checks import check_count
 from jaxlab.curvature._recurrence import Forward
 from jaxlab.curvature._vectors import Operator, Space, is_host, is_traced, prepared
 
@@ -138,8 +139,7 @@ def check_order(
       ValueError: for an order below 1 or, unless it is to be clipped, above the
         dimension, or an unknown scheme.
     """
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-        raise ValueError(f"{name}: order must be an integer >= 1, got {order!r}.")
+    check_count(name, order=order)
     if order > space.size and not clip:
         raise ValueError(
             f"{name}: order must be at most the dimension, {space.size}, got {order}."

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     MEMORY_LIMIT,
@@ -21,7 +22,6 @@ from jaxlab.curvature._options import (
     as_pytree,
     under_trace,
 )
-from jaxlab.curvature._quadrature import check_count
 from jaxlab.curvature._recurrence import linearized
 from jaxlab.curvature._vectors import (
     Operator,

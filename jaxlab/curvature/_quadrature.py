@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     Driver,
@@ -31,6 +32,7 @@ from jaxlab.curvature._vectors import (
     Operator,
     Space,
     is_host,
+    laid_out,
     on_vectors,
     prepared,
     random_vector,
@@ -72,6 +74,7 @@ def gauss_rules(
     operator = as_pytree(operator)
     traced = under_trace(key, operator, like)
     operator, chosen = driven(name, operator, space, driver, traced=traced)
+    space = laid_out(space, like)
     with jax.named_scope(name), exact_products():
         keys = jax.random.split(key, num_probes)
         if chosen == "compiled":
@@ -88,19 +91,6 @@ def gauss_rules(
     if check_symmetric and not traced:
         check_asymmetry(name, asymmetry, scale, space)
     return Rules(*rules, space.size)
-
-
-def check_count(name: str, **counts: int) -> None:
-    """Refuses counts below 1.
-
-    Raises:
-      ValueError: naming the argument.
-    """
-    for argument, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"{name}: {argument} must be an integer >= 1, got {count!r}."
-            )
 
 
 def mean_and_error(

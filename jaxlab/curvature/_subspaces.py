@@ -24,7 +24,8 @@ def blocks_of(name: str, vectors: PyTree, space: Space) -> Blocks:
     leaves, structure = jax.tree.flatten(vectors)
     shapes = tuple(jnp.shape(leaf) for leaf in leaves)
     counts = {shape[:1] for shape in shapes}
-    flat = jax.tree_util.treedef_is_leaf(structure) and len(shapes[0]) == 2
+    flat = jax.tree_util.treedef_is_leaf(structure) and len(shapes) == 1
+    flat = flat and len(shapes[0]) == 2
     matrix = flat and shapes[0][1] == space.size
     alike = structure == space.structure and space.shapes == tuple(
         shape[1:] for shape in shapes

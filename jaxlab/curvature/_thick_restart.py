@@ -150,9 +150,9 @@ class Plan:
         """Makes the state before the first step."""
         dtype = self.space.dtype
         key, draw = jax.random.split(key)
-        rows = jnp.zeros((self.rows, self.space.size), dtype)
+        rows = jnp.zeros((self.rows, self.space.length), dtype)
         if given is not None:
-            rows = self._orthonormal(draw, rows, jnp.concatenate(given, axis=1))
+            rows = self._orthonormal(draw, rows, self._flat(given))
         zero, count = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
         none = jnp.full((self.k,), jnp.nan, dtype)
         return State(
@@ -175,6 +175,11 @@ class Plan:
             busy=count < self.starts,  # else the first check draws a row
             done=count > 0,
         )
+
+    def _flat(self, given):
+        shapes = self.space.shapes
+        leaves = lambda blocks: [b.reshape(s) for b, s in zip(blocks, shapes)]
+        return jax.vmap(lambda blocks: self.space.flatten(leaves(blocks)))(given)
 
     def _orthonormal(self, key, rows: Rows, given: Float[Array, "starts p"]):
         """Orthonormalizes the given vectors; dependent ones become random."""
@@ -224,7 +229,7 @@ class Plan:
         mix = jnp.sum(jnp.where(present, pairs.vectors[:, wanted], 0), axis=1)
         mix = divided(mix, norm(mix))
         turn = jnp.where(afresh, jnp.zeros_like(turn).at[0].set(mix), turn)
-        rows = rotated(state.rows, turn, rotate)
+        rows = rotated(state.rows, turn, rotate, self.space.parts)
         high = lax.Precision.HIGHEST
         h = jnp.matmul(
             jnp.matmul(turn, state.h, precision=high), turn.T, precision=high
@@ -273,7 +278,7 @@ class Plan:
         def fresh(rows):
             return orthogonal(rows, random_vector(draw, self.space, "normal"))
 
-        nothing = lambda rows: jnp.zeros(size, rows.dtype)
+        nothing = lambda rows: jnp.zeros(self.space.length, rows.dtype)
         row = lax.cond(needed, fresh, nothing, state.rows)
         rows = with_row(state.rows, n, row, needed)
         return state._replace(rows=rows, n=n + needed, key=key)

@@ -3,7 +3,8 @@
 An operator maps a tree like the parameters to another. Recurrences keep one flat vector
 in float32 at least, whatever the dtype of the parameters, and hand the operator a tree
 with the dtypes of the leaves. ``optax.MaskedNode`` has no leaves, so a masked tree is
-simply a shorter vector, and its holes come back when the tree is rebuilt.
+simply a shorter vector, and its holes come back when the tree is rebuilt. Where the
+tree is cut over devices, ``laid_out`` lets the vectors lie as it does.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
+
+from jaxlab.curvature._cuts import Cuts, cuts_of
 
 Operator = Callable[[Any], Any]
 Product = Callable[[Float[Array, " p"]], Float[Array, " p"]]
@@ -28,20 +31,42 @@ class Space:
     dtypes: tuple[Any, ...]
     size: int
     dtype: Any  # of the flat vectors
+    cuts: Cuts | None = None  # over devices; without, in the order of the leaves
+
+    @property
+    def length(self) -> int:
+        """Says how long flat vectors are: ``size``, or more where they are cut."""
+        return self.size if self.cuts is None else self.cuts.length(self.shapes)
+
+    @property
+    def parts(self) -> int:
+        """Says in how many parts flat vectors are cut."""
+        return 1 if self.cuts is None else self.cuts.parts
+
+    @property
+    def wide(self) -> "Space":
+        """The same trees in the dtype of the flat vectors."""
+        return dataclasses.replace(self, dtypes=(self.dtype,) * len(self.dtypes))
 
     def flatten(self, tree: PyTree) -> Float[Array, " p"]:
         """Strings the leaves together; they must have the shapes of this space."""
-        leaves = jax.tree.leaves(tree)
-        return jnp.concatenate([jnp.ravel(leaf).astype(self.dtype) for leaf in leaves])
+        leaves = [jnp.asarray(x).astype(self.dtype) for x in jax.tree.leaves(tree)]
+        if self.cuts is not None:
+            return self.cuts.flattened(leaves)
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
     def unflatten(self, vector: Float[Array, " p"]) -> PyTree:
         """Cuts a vector into a tree with the dtypes of the leaves."""
         leaves, start = [], 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            stop = start + math.prod(shape)
-            leaves.append(vector[start:stop].reshape(shape).astype(dtype))
-            start = stop
-        return jax.tree.unflatten(self.structure, leaves)
+        if self.cuts is not None:
+            leaves = self.cuts.leaves(vector, self.shapes)
+        else:
+            for shape in self.shapes:
+                stop = start + math.prod(shape)
+                leaves.append(vector[start:stop].reshape(shape))
+                start = stop
+        cast = [leaf.astype(dtype) for leaf, dtype in zip(leaves, self.dtypes)]
+        return jax.tree.unflatten(self.structure, cast)
 
 
 def space_of(name: str, like: PyTree, argument: str = "like") -> Space:
@@ -72,6 +97,14 @@ def space_of(name: str, like: PyTree, argument: str = "like") -> Space:
         size,
         jnp.result_type(jnp.float32, *dtypes),
     )
+
+
+def laid_out(space: Space, like: PyTree) -> Space:
+    """Lets the flat vectors lie over devices as the leaves of ``like`` do.
+
+    Their entries then stand device by device, with zeros among them (``length``).
+    """
+    return dataclasses.replace(space, cuts=cuts_of(like))
 
 
 def on_vectors(name: str, operator: Operator, space: Space) -> Product:
@@ -117,7 +150,12 @@ def random_vector(
 ) -> Float[Array, " p"]:
     """Draws a vector with independent entries of mean 0 and variance 1."""
     draw = jax.random.rademacher if kind == "rademacher" else jax.random.normal
-    return draw(key, (space.size,), space.dtype)
+    vector = draw(key, (space.size,), space.dtype)
+    if space.cuts is None:
+        return vector
+    # The same tree, wherever its leaves lie.
+    whole = dataclasses.replace(space.wide, cuts=None)
+    return space.flatten(whole.unflatten(vector))
 
 
 def is_traced(*trees: PyTree) -> bool:

@@ -26,8 +26,10 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._array_checks import check_fields, check_floating
+from jaxlab._checks import check_count, check_number
 from jaxlab.curvature._options import Driver
-from jaxlab.curvature._quadrature import check_count, gauss_rules, mean_and_error
+from jaxlab.curvature._quadrature import gauss_rules, mean_and_error
 from jaxlab.curvature._recurrence import Reorthogonalize
 from jaxlab.curvature._vectors import Operator
 
@@ -131,7 +133,7 @@ def spectral_density(
     if floor is not None and scale != "log":
         raise ValueError(f'{name}: floor belongs to scale="log".')
     check_count(name, num_points=num_points)
-    _check_positive(name, sigma=sigma, floor=floor)
+    check_number(name, "positive", optional=True, sigma=sigma, floor=floor)
     grid = None if grid is None else _as_grid(name, grid)
     rules = gauss_rules(
         name,
@@ -183,7 +185,7 @@ def density_from_eigenvalues(
       Array([0.5, 0.5], dtype=float32)
     """
     name = "density_from_eigenvalues"
-    _check_positive(name, sigma=sigma)
+    check_number(name, "positive", sigma=sigma)
     grid = _as_grid(name, grid)
     values = jnp.asarray(eigenvalues)
     if values.ndim != 1 or not values.size:
@@ -233,6 +235,8 @@ def plot_density(
         raise ImportError(
             'plot_density needs matplotlib: pip install "jaxlab[train]".'
         ) from error
+    density = checked_density("plot_density", density)
+    check_number("plot_density", "positive", decades=decades)
     if ax is None:
         _, ax = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     grid, height, error = (
@@ -333,7 +337,23 @@ def _as_grid(name: str, grid: ArrayLike) -> Array:
     return grid
 
 
-def _check_positive(name: str, **numbers: ArrayLike | None) -> None:
-    for argument, number in numbers.items():
-        if isinstance(number, (int, float)) and not 0 < number < math.inf:
-            raise ValueError(f"{name}: {argument} must be positive, got {number}.")
+def checked_density(name: str, density: Density) -> Density:
+    """Refuses what :func:`spectral_density` did not make; gives JAX arrays.
+
+    Raises:
+      ValueError: if it is no density, or its arrays do not fit together.
+    """
+    grids = dict.fromkeys(("grid", "density", "standard_error"), "g")
+    nodes = dict.fromkeys(("nodes", "weights"), "num_probes order")
+    density = check_fields(
+        name,
+        "density",
+        density,
+        Density,
+        "spectral_density",
+        **grids,
+        **nodes,
+        sigma="",
+    )
+    check_floating(name, "density", density)
+    return density

@@ -10,6 +10,7 @@ one less than there are classes: Sagun et al., "Empirical Analysis of the Hessia
 Over-Parametrized Neural Networks", 2017.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     MEMORY_LIMIT,
@@ -28,7 +30,6 @@ from jaxlab.curvature._options import (
     exact_products,
     under_trace,
 )
-from jaxlab.curvature._quadrature import check_count
 from jaxlab.curvature._recurrence import linearized
 from jaxlab.curvature._subspaces import blocks_of, count_of, products
 from jaxlab.curvature._thick_restart import Plan, Which, run_compiled, run_host
@@ -36,11 +37,12 @@ from jaxlab.curvature._vectors import (
     Operator,
     Space,
     is_host,
+    laid_out,
     on_vectors,
     prepared,
     space_of,
 )
-from jaxlab.curvature.density import Density
+from jaxlab.curvature.density import Density, checked_density
 
 _NAME = "top_eigenpairs"
 _SPARE = 24  # rows of the default basis beyond the k wanted ones
@@ -156,6 +158,7 @@ def top_eigenpairs(
     operator = as_pytree(operator)
     traced = under_trace(key, operator, like, given, tol, max_products)
     operator, chosen = driven(_NAME, operator, space, driver, traced=traced)
+    plan = dataclasses.replace(plan, space=laid_out(space, like))
     if given is not None and not traced:
         _check_finite(given)
     budget = _PER_PAIR * k if max_products is None else max_products
@@ -166,7 +169,7 @@ def top_eigenpairs(
         else:
             operator = operator if is_host(operator) else linearized(operator)
             result, state = run_host(_NAME, operator, arguments, plan)
-            found, checks = _found(result, state, plan)
+            found, checks = _found_jit(result, state, plan)
     if check_symmetric and not traced:
         check_asymmetry(_NAME, *checks, space)
     return found
@@ -192,6 +195,7 @@ def bulk_edges(density: Density) -> tuple[Float[Array, ""], Float[Array, ""]]:
       >>> bulk_edges(Density(x, x, nodes, weights, jnp.array(1.0), x))
       (Array(-2., dtype=float32), Array(3., dtype=float32))
     """
+    density = checked_density("bulk_edges", density)
     nodes, weights = jnp.ravel(density.nodes), jnp.ravel(density.weights)
     log = density.scale == "log"
     if log:
@@ -248,8 +252,7 @@ def split_outliers(
             f"{name}: values and residuals must be vectors of one length, got shapes "
             f"{values.shape} and {residuals.shape}."
         )
-    if isinstance(factor, (int, float)) and not 1 <= factor < math.inf:
-        raise ValueError(f"{name}: factor must be at least 1, got {factor}.")
+    check_number(name, "at least 1", factor=factor)
     low, high = bulk_edges(density)
     above = values > factor * jnp.maximum(high, 0)
     below = values < factor * jnp.minimum(low, 0)
@@ -320,8 +323,7 @@ def _check_options(space: Space, k: int, tol, which, max_products) -> None:
         raise ValueError(
             f"{_NAME}: k must be at most the dimension, {space.size}, got {k}."
         )
-    if isinstance(tol, (int, float)) and not 0 < tol < math.inf:
-        raise ValueError(f"{_NAME}: tol must be positive, got {tol}.")
+    check_number(_NAME, "positive", optional=True, tol=tol)
     if which not in ("largest", "smallest", "both"):
         raise ValueError(
             f'{_NAME}: which must be "largest", "smallest" or "both", got {which!r}.'
@@ -372,11 +374,9 @@ def _compiled(operator: Operator, arguments: Any, *, plan: Plan):
 
 def _found(result, state, plan: Plan):
     values, rows, residuals = result
-    vectors, first = [], 0
-    for shape in plan.space.shapes:
-        stop = first + math.prod(shape)
-        vectors.append(rows[:, first:stop].reshape(plan.k, *shape))
-        first = stop
-    tree = jax.tree.unflatten(plan.space.structure, vectors)
+    tree = jax.vmap(plan.space.wide.unflatten)(rows)
     found = Eigenpairs(values, tree, residuals, state.num_products)
     return found, (state.asymmetry, state.scale)
+
+
+_found_jit = jax.jit(_found, static_argnames="plan")

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import is_whole
 from jaxlab.curvature._batches import row_keys
 from jaxlab.curvature._vectors import Space, space_of
 from jaxlab.likelihoods import Likelihood, row_shares
@@ -121,7 +122,7 @@ def gram_fisher(
     ):
         raise ValueError(f"{name}: the empirical kind needs {n} targets, one a row.")
     rows = math.prod(outputs.shape[1:] if kind == "true" else outputs.shape[1:-1])
-    if not 1 <= k <= min(space.size, n * rows):
+    if not is_whole(k) or not 1 <= k <= min(space.size, n * rows):
         raise ValueError(
             f"{name}: k must be at least 1 and at most min(p, m) = "
             f"min({space.size}, {n * rows}), got {k}."

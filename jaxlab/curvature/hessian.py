@@ -82,7 +82,7 @@ def hessian_vector_product(
         "reverse_over_reverse": _reverse_over_reverse,
         "reverse_over_forward": _reverse_over_forward,
     }
-    if mode not in modes:
+    if mode not in tuple(modes):
         raise ValueError(f"{name}: mode must be one of {', '.join(modes)}; got {mode}.")
     params = as_arrays(params)
     space_of(name, params, "params")

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxlab._array_checks import check_fields
+from jaxlab._checks import check_sequence, is_whole
 from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._options import (
     Driver,
@@ -59,6 +61,7 @@ from jaxlab.curvature._vectors import (
     Operator,
     Space,
     is_host,
+    laid_out,
     on_vectors,
     prepared,
     space_of,
@@ -77,7 +80,9 @@ class LanczosResult(NamedTuple):
         zero where an invariant subspace was found.
       basis: the Lanczos vectors as rows, shape (order, p), in the order of the leaves
         of ``start``; zero from ``num_steps`` on. ``None`` unless
-        ``reorthogonalize="full"``.
+        ``reorthogonalize="full"``. Where ``start`` is cut over devices, the rows are
+        cut with it, and their entries stand device by device, filled up with zeros:
+        :func:`ritz_vectors` makes trees of them.
       num_steps: int32 scalar, ``order`` unless an invariant subspace was found before.
       num_products: int32 scalar, the products with the operator that were spent.
       locked: with ``"selective"``, the Ritz vectors that were kept, shape
@@ -168,6 +173,7 @@ def lanczos(
     operator = as_pytree(operator)
     traced = under_trace(operator, start)
     operator, chosen = driven(_NAME, operator, space, driver, traced=traced)
+    space = laid_out(space, start)
     if not traced:
         _check_start(start)
     with jax.named_scope(_NAME), exact_products():
@@ -205,6 +211,7 @@ def ritz(
       >>> values.round(4), weights.round(4)
       (Array([2., 4.], dtype=float32), Array([0.5, 0.5], dtype=float32))
     """
+    result = _checked("ritz", result)
     return gauss_rule(result.alpha, result.beta, result.num_steps)
 
 
@@ -249,21 +256,22 @@ def ritz_vectors(
     """
     name = "ritz_vectors"
     space = space_of(name, start, "start")
-    if result.basis is not None and result.basis.shape[1] != space.size:
-        raise ValueError(
-            f"{name}: start must be that of the first pass, with "
-            f"{result.basis.shape[1]} entries, got {space.size}."
-        )
+    result = _checked(name, result)
     operator = as_pytree(operator)
     traced = under_trace(operator, start, result)
     steps = result.alpha.size if traced else int(result.num_steps)
+    check_sequence(name, "indices", indices, "integers")
     indices = tuple(indices)
-    if not indices or not all(-steps <= index < steps for index in indices):
+    inside = lambda index: is_whole(index) and -steps <= index < steps
+    if not indices or not all(map(inside, indices)):
         raise ValueError(
             f"{name}: indices must be places among {steps} Ritz values, one at least, "
             f"got {indices}."
         )
     operator, chosen = driven(name, operator, space, driver, traced=traced)
+    space = laid_out(space, start)
+    if result.basis is not None and not traced:
+        _check_first(name, result.basis, start, space)
     with jax.named_scope(name), exact_products():
         if chosen == "compiled":
             arguments = operator, start, result
@@ -272,7 +280,7 @@ def ritz_vectors(
             values, sums, residuals = _summed_from_host(
                 operator, start, result, indices=indices, space=space
             )
-        return values, jax.vmap(space.unflatten)(sums), residuals
+        return values, _trees(sums, space=space), residuals
 
 
 @functools.partial(jax.jit, static_argnames=("step", "space"))
@@ -282,6 +290,26 @@ def _compiled(operator: Operator, start: PyTree, *, step: Forward, space: Space)
 
 
 _flat = jax.jit(lambda start, *, space: space.flatten(start), static_argnames="space")
+_trees = jax.jit(
+    lambda rows, *, space: jax.vmap(space.unflatten)(rows), static_argnames="space"
+)
+
+
+def _checked(name: str, result: LanczosResult) -> LanczosResult:
+    """Refuses what :func:`lanczos` did not make; gives JAX arrays."""
+    shapes = {} if getattr(result, "basis", None) is None else {"basis": "order p"}
+    return check_fields(
+        name,
+        "result",
+        result,
+        LanczosResult,
+        "lanczos",
+        alpha="order",
+        beta="order",
+        num_steps="",
+        num_products="",
+        **shapes,
+    )
 
 
 def _result(step: Forward, state: State) -> LanczosResult:
@@ -309,6 +337,23 @@ def _check_start(start: PyTree) -> None:
         )
 
 
+def _check_first(name: str, basis: Array, start: PyTree, space: Space) -> None:
+    """Refuses a start of another size, or one that lies otherwise over devices."""
+    if basis.shape[1] != space.length:
+        raise ValueError(
+            f"{name}: start must be that of the first pass, with {basis.shape[1]} "
+            f"entries, got {space.length}."
+        )
+    if len(basis.sharding.device_set) == 1:
+        return
+    first = _flat(start, space=space)
+    if float(norm(basis[0] - first / norm(first))) > 1e-3:
+        raise ValueError(
+            f"{name}: start must be that of the first pass and lie over devices as it "
+            "did then; the first row of the basis is another vector."
+        )
+
+
 def _chosen(result: LanczosResult, indices: tuple[int, ...]):
     """Gives the chosen values and their coefficients in the Lanczos vectors."""
     steps = result.num_steps
@@ -322,7 +367,7 @@ def _chosen(result: LanczosResult, indices: tuple[int, ...]):
 
 def _second_pass(start: PyTree, result: LanczosResult, coefficients, space: Space):
     vector = space.flatten(start)
-    rows = jnp.zeros((len(coefficients), space.size), space.dtype)
+    rows = jnp.zeros((len(coefficients), space.length), space.dtype)
     since = jnp.zeros((0,), jnp.int32)
     if result.locked is not None:
         locked, since = result.locked

@@ -28,6 +28,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab.curvature._batches import as_arrays, check_microbatch
 from jaxlab.curvature._convolutions import driven
 from jaxlab.curvature._functions import functions_of
@@ -411,11 +412,8 @@ def _check(objective, matrix, damping, reorthogonalize) -> None:
         )
     if matrix not in ("hessian", "ggn"):
         raise ValueError(f'{_NAME}: matrix must be "hessian" or "ggn", got {matrix!r}.')
-    if isinstance(damping, (int, float)) and not 0 < damping < math.inf:
-        raise ValueError(
-            f"{_NAME}: damping must be positive, or None to leave the log-determinant "
-            f"out; got {damping}."
-        )
+    leaves_out = "; None leaves the log-determinant out"
+    check_number(_NAME, "positive", optional=True, hint=leaves_out, damping=damping)
     if reorthogonalize not in ("full", "none"):
         raise ValueError(
             f'{_NAME}: reorthogonalize must be "full" or "none", got '

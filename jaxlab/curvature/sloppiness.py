@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._checks import check_sequence, is_whole
 from jaxlab.curvature._subspaces import (
     blocks_of,
     coefficients,
@@ -107,7 +108,8 @@ def sloppiness(
     """
     values = jnp.asarray(eigenvalues)
     stop = len(values) if high is None and values.ndim else high
-    if values.ndim != 1 or not 0 <= low <= stop - 3 <= len(values) - 3:
+    whole = is_whole(low) and is_whole(stop)
+    if values.ndim != 1 or not whole or not 0 <= low <= stop - 3 <= len(values) - 3:
         raise ValueError(
             "sloppiness: needs a vector of eigenvalues and a range of at least three, "
             f"0 <= low <= high - 3 and high <= their number; got shape {values.shape}, "
@@ -221,8 +223,15 @@ def _row_of(vectors: PyTree) -> PyTree:
 
 def _leading(name: str, ks: Sequence[int] | None, most: int) -> Array:
     """Checks the numbers of leading vectors."""
-    chosen = list(range(1, most + 1)) if ks is None else [int(k) for k in ks]
-    if not chosen or min(chosen) < 1 or max(chosen) > most:
+    chosen = list(range(1, most + 1)) if ks is None else ks
+    check_sequence(name, "ks", chosen, "integers")
+    chosen = list(chosen)
+    if (
+        not chosen
+        or not all(map(is_whole, chosen))
+        or min(chosen) < 1
+        or max(chosen) > most
+    ):
         raise ValueError(
             f"{name}: ks must be numbers from 1 to {most}, the vectors that there are; "
             f"got {ks}."

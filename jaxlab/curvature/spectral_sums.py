@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab.curvature._options import Driver
 from jaxlab.curvature._quadrature import gauss_rules, mean_and_error
 from jaxlab.curvature._recurrence import Reorthogonalize
@@ -129,8 +130,7 @@ def logdet(
       >>> logdet(jax.random.key(0), operator, jnp.ones(2), damping=1.0)[0].round(4)
       Array(1.3863, dtype=float32)
     """
-    if isinstance(damping, (int, float)) and not 0 < damping < float("inf"):
-        raise ValueError(f"logdet: damping must be positive, got {damping}.")
+    check_number("logdet", "positive", damping=damping)
     return _sum(
         "logdet",
         key,

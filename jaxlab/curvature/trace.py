@@ -113,7 +113,7 @@ def trace(
       (Array(7., dtype=float32), Array(0., dtype=float32))
     """
     name = "trace"
-    if method != "hutchinson" and method not in _COSTS:
+    if method != "hutchinson" and method not in tuple(_COSTS):
         raise ValueError(
             f'{name}: method must be "hutchinson", "hutch++", "xtrace" or "xnystrace", '
             f"got {method!r}."

@@ -1,7 +1,6 @@
 """Operators made of others: a block, a change of scale, a shift."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab._norms import wide
 from jaxlab.curvature._options import as_pytree
 from jaxlab.curvature._partwise import Partwise, Streamed
@@ -111,12 +111,7 @@ def damped_operator(operator: Operator, damping: ArrayLike) -> Operator:
       Array([ 5., 10.], dtype=float32)
     """
     name = "damped_operator"
-    if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
-        raise ValueError(f"{name}: damping must be >= 0 and finite, got {damping}.")
-    if jnp.shape(damping) != ():
-        raise ValueError(
-            f"{name}: damping must be a scalar, got shape {jnp.shape(damping)}."
-        )
+    check_number(name, ">= 0 and finite", damping=damping)
     return _Damped(as_pytree(operator), jnp.asarray(damping))
 
 
@@ -179,7 +174,9 @@ class _Damped(_Wrapper):
     def __call__(self, v: PyTree) -> PyTree:
         shift = lambda a, x: (wide(a) + self._of(x) * wide(x)).astype(a.dtype)
         v = jax.tree.map(jnp.asarray, v)
-        return jax.tree.map(shift, self.operator(v), v)
+        image = self.operator(v)
+        _check_like("damped_operator", "the operator's image", image, v)
+        return jax.tree.map(shift, image, v)
 
     def quadratic_form(self, v: PyTree) -> Float[Array, ""]:
         squares = [jnp.sum(wide(x) ** 2) for x in jax.tree.leaves(v)]
@@ -203,6 +200,11 @@ class _Block(_Wrapper):
 
     def __call__(self, v: PyTree) -> PyTree:
         structure, leaves = self.like
+        try:
+            block = punch_holes(self.params, v)
+        except ValueError:
+            block = self.params
+        _check_like("block_operator", "the vector", v, block)
         zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
         tree = _placed(jax.tree.unflatten(structure, zeros), self.path, v)
         return _taken("block_operator", self.operator(tree), self.path)
@@ -219,6 +221,17 @@ class _Placed:
 
     def __call__(self, block: PyTree, *rest: Any) -> Any:
         return self.function(_placed(self.params, self.path, block), *rest)
+
+
+def _check_like(name: str, what: str, found: PyTree, like: PyTree) -> None:
+    described = lambda tree: (
+        f"{jax.tree.structure(tree)} of shapes "
+        f"{list(map(jnp.shape, jax.tree.leaves(tree)))}"
+    )
+    if described(found) != described(like):
+        raise ValueError(
+            f"{name}: {what} must be a tree {described(like)}, got {described(found)}."
+        )
 
 
 def _form(operator, v):
@@ -247,7 +260,7 @@ def _children(node):
 def _taken(name: str, tree: PyTree, path: Path) -> PyTree:
     for depth, key in enumerate(path):
         children, _ = _children(tree)
-        if key not in children:
+        if key not in list(children):
             raise ValueError(
                 f"{name}: nothing stands at {key!r} of the path {path}; at "
                 f"{path[:depth]} there are {list(children)}."

@@ -16,6 +16,7 @@ Optimization", ICML 2010.
 
 import numpy as np
 
+from jaxlab._checks import check_count
 from jaxlab.datasets.dataset import Dataset, make_dataset, round_for_digest
 
 __all__ = ["curves"]
@@ -47,6 +48,7 @@ def curves(*, train: int = 20_000, test: int = 10_000, seed: int = 0) -> Dataset
       >>> inputs.shape, targets is inputs, bool(inputs.max() <= 1)
       ((3, 784), True, True)
     """
+    check_count("curves", least=0, train=train, test=test, seed=seed)
     rng = np.random.default_rng(seed)
     points = rng.uniform(3, 24, size=(train + test, 3, 2))
     images = np.empty((train + test, _SIDE**2), np.float32)

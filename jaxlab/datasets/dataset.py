@@ -17,6 +17,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxlab._checks import described
+
 __all__ = ["Dataset", "content_digest", "make_dataset", "round_for_digest"]
 
 Splits = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -79,7 +81,9 @@ def make_dataset(
     """
     if not splits:
         raise ValueError(f"{name}: a data set needs at least one split, got none.")
-    for split, (inputs, targets) in splits.items():
+    for split, pair in splits.items():
+        _check_pair(name, split, pair)
+        inputs, targets = pair
         if inputs.shape[:1] != targets.shape[:1] or inputs.ndim == 0:
             raise ValueError(
                 f"{name}/{split}: inputs and targets need the same number of rows, got "
@@ -139,15 +143,33 @@ def round_for_digest(array: np.ndarray) -> np.ndarray:
       >>> (round_for_digest(np.array([0.1, 0.5])) * 2**20).tolist()
       [104858.0, 524288.0]
     """
-    return (np.round(array * 2.0**20) / 2.0**20).astype(np.float32)
+    array = np.asarray(array)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"round_for_digest: array must hold real numbers, got dtype {array.dtype}."
+        )
+    wide = array.astype(np.float64)
+    return (np.round(wide * 2.0**20) / 2.0**20).astype(np.float32)
 
 
 def _absorb(sha, label: str, array: np.ndarray) -> None:
     array = np.asarray(array)
+    if array.dtype.hasobject:
+        raise ValueError(
+            f"content_digest: {label} must be an array of numbers, got objects."
+        )
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     shape = ",".join(map(str, array.shape))
     sha.update(f"{label}|{little.dtype.name}|{shape}\n".encode())
     sha.update(little.reshape(-1).view(np.uint8).data)
+
+
+def _check_pair(name, split, pair):
+    for field, array in zip(("inputs", "targets"), pair, strict=True):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise ValueError(
+                f"{name}/{split}: {field} must be an array, got {described(array)}."
+            )
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ equally likely. The best classifier takes the nearest centre.
 
 import numpy as np
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.datasets.dataset import Dataset, make_dataset
 
 __all__ = ["gaussian_clusters"]
@@ -46,10 +47,12 @@ def gaussian_clusters(
       >>> inputs.shape, labels.shape, data.extras["centres"].shape
       ((6, 2), (6,), (3, 2))
     """
-    if classes < 1 or dim < 1:
-        raise ValueError(
-            f"classes and dim must be at least 1, got classes={classes}, dim={dim}."
-        )
+    name = "gaussian_clusters"
+    check_count(name, classes=classes, dim=dim)
+    rows = {"train": train, "validation": validation, "test": test}
+    check_count(name, least=0, seed=seed, **rows)
+    check_number(name, "a number", separation=separation)
+    separation = float(separation)
     rng = np.random.default_rng(seed)
     scale = separation / np.sqrt(dim)
     centres = (scale * rng.standard_normal((classes, dim))).astype(np.float32)

@@ -23,6 +23,7 @@ Accurate Training", ICML 2022, for the class and for the Fourier transform in it
 
 import numpy as np
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.datasets.dataset import Dataset, make_dataset, round_for_digest
 
 __all__ = ["planted_structure"]
@@ -63,10 +64,14 @@ def planted_structure(
       >>> bool(np.allclose(y, x @ data.extras["teacher"].T, atol=1e-4))
       True
     """
-    if structure not in _TEACHERS:
+    if structure not in list(_TEACHERS):
         raise ValueError(
             f"structure must be one of {', '.join(_TEACHERS)}; got {structure!r}."
         )
+    rows = {"train": train, "validation": validation, "test": test}
+    check_count("planted_structure", least=0, seed=seed, **rows)
+    check_number("planted_structure", ">= 0 and finite", noise_scale=noise_scale)
+    noise_scale = float(noise_scale)
     rng = np.random.default_rng(seed)
     teacher = _TEACHERS[structure](rng).astype(np.float32)
     splits = {}

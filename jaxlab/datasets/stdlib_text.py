@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Integer
 
+from jaxlab._checks import described, is_whole
 from jaxlab.datasets.dataset import Dataset, make_dataset
 
 __all__ = ["decode_text", "encode_text", "stdlib_text", "windows"]
@@ -47,6 +48,8 @@ def encode_text(text: str) -> Integer[np.ndarray, "length"]:
       >>> encode_text("a\tz~é").tolist()
       [68, 1, 93, 97, 0]
     """
+    if not isinstance(text, str):
+        raise ValueError(f"encode_text: text must be a string, got {described(text)}.")
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     return _CODES[np.minimum(points, _OTHER)]
 
@@ -68,13 +71,18 @@ def decode_text(tokens: Integer[np.ndarray, "length"]) -> str:
       'def f(x):'
     """
     tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(
+            "decode_text: tokens must be integers of shape (length,), got "
+            f"{described(tokens)}."
+        )
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(_SYMBOLS):
         raise ValueError(
             f"tokens must be in 0..{len(_SYMBOLS) - 1}, got values from "
             f"{tokens.min()} to {tokens.max()}."
         )
     symbols = np.where(_SYMBOLS == _OTHER, ord("?"), _SYMBOLS).astype(np.uint8)
-    return symbols[tokens].tobytes().decode("ascii")
+    return symbols[tokens.astype(np.intp)].tobytes().decode("ascii")
 
 
 def windows(
@@ -101,10 +109,10 @@ def windows(
       ([[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
     """
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or context < 1:
+    if tokens.ndim != 1 or not is_whole(context) or context < 1:
         raise ValueError(
             "windows needs a stream of shape (length,) and context at least 1, got "
-            f"shape {tokens.shape} and context {context}."
+            f"shape {tokens.shape} and context {context!r}."
         )
     rows = max(0, len(tokens) - 1) // context
     cut = lambda start: tokens[start : start + rows * context].reshape(rows, context)

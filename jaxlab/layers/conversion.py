@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from jaxlab._checks import are_sizes
 from jaxlab.layers.monarch import MonarchLinear
 from jaxlab.structured import MonarchFactors, monarch_project, monarch_to_dense
 
@@ -286,10 +287,10 @@ def _true_shape(
 
 
 def _check_options(name: str, nblocks: int, rank: int | None) -> None:
-    if nblocks < 1 or (rank is not None and rank < 1):
+    if not are_sizes((nblocks, 1 if rank is None else rank)):
         raise ValueError(
             f"{name}: nblocks and rank must be at least 1 (rank may be None), got "
-            f"nblocks={nblocks} and rank={rank}."
+            f"nblocks={nblocks!r} and rank={rank!r}."
         )
 
 

@@ -102,6 +102,7 @@ class MonarchLinear(nnx.Module):
     ) -> Inexact[Array, "*batch outputs"]:
         """Computes rows ``(..., out_features)`` from rows ``(..., in_features)``."""
         bias = None if self.bias is None else self.bias[...]
+        x = jnp.asarray(x)
         x, w1, w2, bias = nnx.nn.dtypes.promote_dtype(
             (x, self.w1[...], self.w2[...], bias), dtype=self.dtype
         )

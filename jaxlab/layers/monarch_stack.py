@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Inexact, Num
 
+from jaxlab._checks import are_sizes
 from jaxlab.structured import (
     FoldedLayer,
     MonarchFactors,
@@ -84,12 +85,13 @@ class MonarchStack(nnx.Module):
         scheme: str = "variance_preserving",
         rngs: nnx.Rngs,
     ):
-        features = tuple(features)
-        if len(features) < 2 or min(features) < 1 or nblocks < 1:
+        if not are_sizes(features) or len(features) < 2 or not are_sizes([nblocks]):
             raise ValueError(
                 "MonarchStack: features must hold two or more widths, each at least 1, "
-                f"and nblocks must be at least 1; got {features} and nblocks={nblocks}."
+                f"and nblocks must be at least 1; got {features!r} and "
+                f"nblocks={nblocks!r}."
             )
+        features = tuple(features)
         multiple = nblocks**2 if order == "interleaved" else nblocks
         if any(width % multiple for width in features[1:-1]):
             raise ValueError(
@@ -132,6 +134,7 @@ class MonarchStack(nnx.Module):
     def __call__(self, x: Num[ArrayLike, "..."]) -> Inexact[Array, "..."]:
         """Computes rows ``(..., features[-1])`` from rows ``(..., features[0])``."""
         leaves, structure = jax.tree.flatten(self._layers())
+        x = jnp.asarray(x)
         x, *leaves = nnx.nn.dtypes.promote_dtype((x, *leaves), dtype=self.dtype)
         layers = jax.tree.unflatten(structure, leaves)
         axis, inputs = 0 if self.features_first else -1, self.features[0]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Inexact, Num
 
+from jaxlab._checks import check_sequence
 from jaxlab.optimizers.best_response.gates import (
     GatedParams,
     gated_conv,
@@ -156,6 +157,7 @@ class SelfTuningConv(_Gated):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sequence("SelfTuningConv", "kernel_size", kernel_size, "integers")
         if groups < 1 or in_features % groups or out_features % groups:
             raise ValueError(
                 "SelfTuningConv: groups must divide in_features and out_features, got "

@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxlab._checks import check_sequence
 from jaxlab.models.inputs import as_images, check_sizes
 
 
@@ -52,25 +53,23 @@ class CNN(nnx.Module):
         linear: Callable[..., Any] = nnx.Linear,
         rngs: nnx.Rngs,
     ):
-        if not features or len(features) != len(strides):
+        for which, values in (("features", features), ("strides", strides)):
+            check_sequence("CNN", which, values, "integers, one a layer")
+        features, strides = tuple(features), tuple(strides)
+        if not 0 < len(features) == len(strides):
             raise ValueError(
                 "CNN: features and strides must have equal length of at least 1, got "
-                f"features={tuple(features)} and strides={tuple(strides)}."
+                f"{features=} and {strides=}."
             )
-        check_sizes(
-            "CNN",
-            side=side,
-            features=min(features),
-            strides=min(strides),
-            outputs=outputs,
-            channels=channels,
-        )
+        check_sizes("CNN", side=side, outputs=outputs, channels=channels)
+        for pair in zip(features, strides):
+            check_sizes("CNN", **dict(zip(("features", "strides"), pair)))
         self.side = side
         self.channels = channels
         self.activation = activation
         self.convolutions = nnx.List([])
         edge, width = side, channels
-        for feature, stride in zip(features, strides):
+        for feature, stride in zip(features, map(int, strides)):
             self.convolutions.append(
                 nnx.Conv(width, feature, (3, 3), strides=stride, rngs=rngs)
             )

@@ -10,12 +10,14 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlab._checks import are_sizes
+
 
 def check_sizes(model: str, **sizes: int) -> None:
     """Raises ``ValueError`` that names the sizes of ``model`` below 1."""
-    wrong = {name: size for name, size in sizes.items() if size < 1}
+    wrong = {name: size for name, size in sizes.items() if not are_sizes([size])}
     if wrong:
-        raise ValueError(f"{model}: sizes must be at least 1, got {wrong}.")
+        raise ValueError(f"{model}: sizes must be at least 1, integers, got {wrong}.")
 
 
 def check_patches(model: str, side: int, patch: int) -> None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxlab._checks import are_sizes
+
 
 class MLP(nnx.Module):
     """Maps vectors to vectors through dense layers with an activation between.
@@ -42,10 +44,10 @@ class MLP(nnx.Module):
         linear: Callable[..., Any] = nnx.Linear,
         rngs: nnx.Rngs,
     ):
-        if len(sizes) < 2 or min(sizes) < 1:
+        if not are_sizes(sizes) or len(sizes) < 2:
             raise ValueError(
                 "MLP: sizes must be at least two positive widths, inputs first, such "
-                f"as (64, 64, 10); got {tuple(sizes)}."
+                f"as (64, 64, 10); got {sizes!r}."
             )
         self.in_features = sizes[0]
         self.activation = activation

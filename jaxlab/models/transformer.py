@@ -19,6 +19,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxlab._checks import are_sizes
+
 Tokens = Float[Array, "... time width"]
 
 
@@ -82,7 +84,7 @@ class SelfAttention(nnx.Module):
         linear: Callable[..., Any] = nnx.Linear,
         rngs: nnx.Rngs,
     ):
-        if heads < 1 or width % heads:
+        if not are_sizes((heads, width)) or width % heads:
             raise ValueError(
                 f"SelfAttention: heads must divide width, got width={width} and "
                 f"heads={heads}."

@@ -27,7 +27,8 @@ _HYPERPARAMETERS = {
 # The end of a message about a missing extra argument.
 DROPPED = (
     "A plain optax.MultiSteps inside a chain drops it: wrap it with "
-    "jaxlab.training.with_extra_args."
+    "jaxlab.training.with_extra_args. So does apply_gradients of Flax's TrainState: "
+    "use the subclass in docs/start/own_loop.md."
 )
 
 

@@ -19,7 +19,6 @@ Reference: Neelakantan, Vilnis, Le, Sutskever, Kaiser, Kurach, Martens, "Adding 
 Noise Improves Learning for Very Deep Networks", 2015.
 """
 
-import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab import trees
 from jaxlab._chains import Place
+from jaxlab._checks import check_number
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
 from jaxlab.optimizers._links import DROPPED
@@ -213,10 +213,7 @@ def _fold(key, text):
 
 
 def _check_numbers(name, **numbers) -> None:
-    for word, number in numbers.items():
-        plain = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if plain and not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{name}: {word} must be finite and >= 0, got {number}.")
+    check_number(name, "finite and >= 0", schedule=True, **numbers)
 
 
 def _check_key(name, key) -> None:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import PyTree
 
 from jaxlab import trees
+from jaxlab._array_checks import check_floating
 from jaxlab.sharpness._checks import like
 
 
@@ -36,7 +37,8 @@ def checked_grad_fn(
             "grad_fn=jax.grad(loss), grad=grads) (nnx.Optimizer.update takes the same "
             "keywords; jaxlab.training.make_train_step passes them). A plain "
             "optax.MultiSteps inside a chain drops them: wrap it with "
-            "jaxlab.training.with_extra_args."
+            "jaxlab.training.with_extra_args. So does apply_gradients of Flax's "
+            "TrainState: use the subclass in docs/start/own_loop.md."
         )
     try:
         seen = trees.punch_holes(grad, updates)
@@ -57,6 +59,7 @@ def checked_grad_fn(
             "jaxlab.sharpness.full_batch_value_and_grad, make_train_step(..., "
             "accumulate=k))."
         )
+    check_floating(name, "updates", updates)
     holes = trees.has_holes(updates)
 
     def checked(at: PyTree) -> PyTree:

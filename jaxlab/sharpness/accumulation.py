@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
-from jaxlab._norms import wide
+from jaxlab._checks import check_count
+from jaxlab._norms import cast_like, wide
 from jaxlab.curvature._batches import rows_of
-from jaxlab.sharpness._checks import check_count, check_numbers
+from jaxlab.sharpness._checks import check_numbers
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient, gnp_value_and_grad
 
 _OPTIONS = ("adaptive", "eps", "mask", "normalize_reference", "point_dtype")
@@ -71,7 +71,7 @@ def full_batch_value_and_grad(
     """
     name = "full_batch_value_and_grad"
     check_numbers(name, alpha=alpha, radius=radius)
-    check_count(name, "num_micro_batches", num_micro_batches)
+    check_count(name, num_micro_batches=num_micro_batches)
     _check_options(name, options)
 
     def value_and_grad(params, batch, *args):
@@ -87,7 +87,7 @@ def full_batch_value_and_grad(
             grads=grads,
             **options,
         )
-        return value, optax.tree.cast_like(mixed, params)
+        return value, cast_like(mixed, params)
 
     return value_and_grad
 
@@ -128,14 +128,14 @@ def micro_batch_value_and_grad(
       (Array(2.5, dtype=float32), Array(-3., dtype=float32))
     """
     name = "micro_batch_value_and_grad"
-    check_count(name, "num_micro_batches", num_micro_batches)
+    check_count(name, num_micro_batches=num_micro_batches)
     _check_options(name, options)
     mixed = gnp_value_and_grad(loss_fn, alpha=alpha, radius=radius, **options)
 
     def value_and_grad(params, batch, *args):
         parts = _cut(name, batch, num_micro_batches, "num_micro_batches")
         value, grads = _mean(lambda at, part: mixed(at, part, *args), params, parts)
-        return value, optax.tree.cast_like(grads, params)
+        return value, cast_like(grads, params)
 
     return value_and_grad
 
@@ -174,7 +174,7 @@ def m_sharpness_value_and_grad(
       (Array(2.5, dtype=float32), Array(-3., dtype=float32))
     """
     name = "m_sharpness_value_and_grad"
-    check_count(name, "group_size", group_size)
+    check_count(name, group_size=group_size)
     _check_options(name, options)
     if how not in ("vmap", "scan"):
         raise ValueError(f'{name}: how must be "vmap" or "scan", got {how!r}.')
@@ -194,7 +194,7 @@ def m_sharpness_value_and_grad(
         else:
             found = jax.vmap(one, in_axes=(None, 0))(params, groups)
             value, grads = jax.tree.map(lambda f: jnp.mean(wide(f), axis=0), found)
-        return value, optax.tree.cast_like(grads, params)
+        return value, cast_like(grads, params)
 
     return value_and_grad
 

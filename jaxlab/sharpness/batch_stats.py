@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
+from jaxlab._checks import check_number, check_sequence
 from jaxlab.objective import unpack_batch
 
 
@@ -71,8 +72,8 @@ def recompute_batch_stats(
       Array([3.], dtype=float32)
     """
     name = "recompute_batch_stats"
-    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
-        raise ValueError(f"{name}: momentum must be in [0, 1), got {momentum}.")
+    check_number(name, "in [0, 1)", momentum=momentum)
+    check_sequence(name, "batches", batches, "(inputs, targets) or the like")
     means = jax.tree.map(_zero, state)
     count, number = jnp.zeros((), jnp.float32), -1
     for number, batch in enumerate(batches):

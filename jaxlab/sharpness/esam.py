@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Key, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab.curvature._batches import rows_of
 from jaxlab.sharpness._checks import check_numbers, check_tree
 from jaxlab.sharpness.perturbation import Mask, perturb
@@ -82,13 +83,13 @@ def esam_value_and_grad(
     """
     name = "esam_value_and_grad"
     check_numbers(name, radius=radius, eps=eps)
-    _check_fraction(name, "weight_fraction", weight_fraction)
+    check_number(name, "in (0, 1]", weight_fraction=weight_fraction)
     if isinstance(example_fraction, jax.Array):
         raise ValueError(
             f"{name}: example_fraction shapes the computation and must be a Python "
             f"number, got {example_fraction}."
         )
-    _check_fraction(name, "example_fraction", example_fraction)
+    check_number(name, "in (0, 1]", example_fraction=example_fraction)
 
     def value_and_grad(
         key: Key[Array, ""], params: PyTree, batch: PyTree, *args: Any
@@ -141,9 +142,3 @@ def _some_of(key, far, params, fraction):
         return jnp.where(drawn, there, jnp.asarray(here).astype(there.dtype))
 
     return jax.tree.map(draw, keys, far, params)
-
-
-def _check_fraction(name, what, fraction) -> None:
-    # Not a comparison of the other sense: NaN must fail too.
-    if isinstance(fraction, (int, float)) and not 0 < fraction <= 1:
-        raise ValueError(f"{name}: {what} must be in (0, 1], got {fraction}.")

@@ -20,9 +20,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab._norms import inner, safe_norm, unit
 from jaxlab.curvature._layouts import for_branches
-from jaxlab.sharpness._checks import check_count, check_numbers, check_tree
+from jaxlab.sharpness._checks import check_numbers, check_tree
 from jaxlab.sharpness._links import at_step, checked_grad_fn
 from jaxlab.sharpness.gradient_norm_penalty import gnp_gradient
 from jaxlab.sharpness.perturbation import Mask
@@ -77,7 +78,7 @@ def look_sam(
     """
     name = "look_sam"
     check_numbers(name, rho=rho, strength=strength, eps=eps)
-    check_count(name, "every", every)
+    check_count(name, every=every)
 
     def init(params):
         check_tree(name, params)
@@ -87,6 +88,10 @@ def look_sam(
 
     def update(updates, state, params=None, *, grad_fn=None, grad=None, **extra_args):
         checked = checked_grad_fn(name, updates, params, grad_fn, grad)
+        updates = jax.tree.map(jnp.asarray, updates)
+        cast = lambda tree, like: jax.tree.map(
+            lambda t, old: t.astype(old.dtype), tree, like
+        )
         radius = at_step(rho, state.count)
         share = at_step(strength, state.count)
 
@@ -103,7 +108,8 @@ def look_sam(
             along = unit(updates, eps)
             length = inner(ahead, along)
             rest = lambda s, u: (s - (length * u).astype(u.dtype)).astype(s.dtype)
-            return ahead, jax.tree.map(rest, ahead, along)
+            across = jax.tree.map(rest, ahead, along)
+            return cast(ahead, updates), cast(across, state.orthogonal)
 
         def reuse():
             ratio = share * safe_norm(updates) / safe_norm(state.orthogonal, eps)
@@ -111,9 +117,6 @@ def look_sam(
             return jax.tree.map(add, updates, state.orthogonal), state.orthogonal
 
         new, orthogonal = jax.lax.cond(state.count % every == 0, look, reuse)
-        orthogonal = jax.tree.map(
-            lambda v, old: v.astype(old.dtype), orthogonal, state.orthogonal
-        )
         return new, LookSAMState(optax.safe_increment(state.count), orthogonal)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -33,8 +33,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._array_checks import check_floating
+from jaxlab._checks import check_count, check_made, check_number
 from jaxlab._norms import inner, wide
-from jaxlab.sharpness._checks import check_alike, check_count
+from jaxlab.sharpness._checks import check_alike
 from jaxlab.sharpness.gradient_norm_penalty import gnp_value_and_grad
 
 
@@ -83,7 +85,7 @@ def lora_init(
       {'bias': MaskedNode(), 'kernel': LoRAPair(a=(3, 1), b=(1, 2))}
     """
     name = "lora_init"
-    check_count(name, "rank", rank)
+    check_count(name, rank=rank)
     found, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found
@@ -176,6 +178,7 @@ def lora_apply(
       Array([[6.]], dtype=float32)
     """
     name = "lora_apply"
+    check_made(name, "pair", pair, LoRAPair, "lora_init")
     x, w = jnp.asarray(x), jnp.asarray(w)
     factor = _factor(name, w, pair, scale)
     if not x.shape or x.shape[-1] != w.shape[-2]:
@@ -218,8 +221,15 @@ def lora_balance(adapters: PyTree) -> PyTree:
             f"{jax.tree.structure(adapters)}; lora_init makes them."
         )
 
+    check_floating(name, "adapters", adapters)
+
     def balance(pair):
         a, b = wide(pair.a), wide(pair.b)
+        if a.ndim < 2 or b.ndim != a.ndim or a.shape[-1] != b.shape[-2]:
+            raise ValueError(
+                f"{name}: an adapter must be a (..., in, rank) and b (..., rank, out), "
+                f"got a {a.shape} and b {b.shape}."
+            )
         norms = [jnp.sum(m * m, axis=(-2, -1), keepdims=True) for m in (a, b)]
         both = (norms[0] > 0) & (norms[1] > 0)
         of_a, of_b = (jnp.where(both, norm, 1) for norm in norms)
@@ -260,6 +270,7 @@ def project_conflicting(grads: PyTree, reference_grads: PyTree) -> PyTree:
     """
     name = "project_conflicting"
     check_alike(name, "grads", grads, reference_grads=reference_grads)
+    check_floating(name, "grads", grads)
     with jax.named_scope(name):
         wider = jax.tree.map(wide, reference_grads)
         # The length of r cancels, so that its square may neither over- nor underflow.
@@ -324,7 +335,7 @@ def regularised_lora_value_and_grad(
             f"{name}: argnums is not an option, the adapters are differentiated and "
             "nothing else."
         )
-    _check_scale(name, scale)
+    check_number(name, "finite", optional=True, scale=scale)
 
     def adapted(adapters, params, *args, **kwargs):
         # Promoted, so that a short step does not round away in bfloat16 weights.
@@ -368,7 +379,7 @@ def _merge(name, params, adapters, scale, promote):
 
 def _factor(name, w, pair, scale):
     """Checks one adapter against its matrix; gives scale / rank."""
-    _check_scale(name, scale)
+    check_number(name, "finite", optional=True, scale=scale)
     shape, of_a, of_b = jnp.shape(w), jnp.shape(pair.a), jnp.shape(pair.b)
     rank = of_a[-1] if len(of_a) > 1 else 0
     fits = len(shape) > 1 and rank > 0
@@ -380,11 +391,6 @@ def _factor(name, w, pair, scale):
             f"b (..., rank, out), got a {of_a} and b {of_b} for w {shape}."
         )
     return 1 if scale is None else scale / rank
-
-
-def _check_scale(name, scale):
-    if isinstance(scale, (int, float)) and not np.isfinite(scale):
-        raise ValueError(f"{name}: scale must be finite, got {scale}.")
 
 
 @jax.custom_jvp

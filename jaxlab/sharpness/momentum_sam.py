@@ -26,6 +26,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab._norms import wide
 from jaxlab.sharpness._checks import check_alike, check_numbers, check_tree
 from jaxlab.sharpness._links import at_step
@@ -107,9 +108,7 @@ def momentum_sam_value_and_grad(
     """
     name = "momentum_sam_value_and_grad"
     check_numbers(name, radius=radius, eps=eps)
-    # Not a comparison of the other sense: NaN must fail too.
-    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
-        raise ValueError(f"{name}: decay must be in [0, 1), got {decay}.")
+    check_number(name, "in [0, 1)", decay=decay)
 
     def init(params: PyTree) -> MomentumSAMState:
         check_tree(name, params)

@@ -31,8 +31,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jaxlab._array_checks import check_floating
+from jaxlab._checks import check_count, check_number
 from jaxlab._norms import all_finite
-from jaxlab.sharpness._checks import check_alike, check_count, check_floating
+from jaxlab.sharpness._checks import check_alike
 from jaxlab.trees import fill_holes
 
 Scalar = Float[Array, ""]
@@ -126,8 +128,8 @@ def head_line_search(
     """
     name = "head_line_search"
     count = _check_search(name, initial_step, growth, max_step, num_grid)
-    check_floating(name, head, "head")
-    check_floating(name, direction, "direction")
+    check_floating(name, "head", head)
+    check_floating(name, "direction", direction)
     check_alike(name, "head", head, direction=direction)
     head, direction = jax.lax.stop_gradient((head, direction))
     dtype = _wide(head)
@@ -208,13 +210,18 @@ def pof_perturb(
       (True, 0.5)
     """
     name = "pof_perturb"
-    _check_range(name, sampling_range)
+    check_number(
+        name,
+        ">= 0 and finite",
+        hint="; 0 leaves the head as it is",
+        sampling_range=sampling_range,
+    )
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         raise ValueError(
             f"{name}: key must be a typed key such as jax.random.key(0), got "
             f"{jnp.asarray(key).dtype}."
         )
-    check_floating(name, head, "head")
+    check_floating(name, "head", head)
     head = jax.lax.stop_gradient(head)
     with jax.named_scope(name):
         gradient = jax.grad(lambda h: _scalar(name, loss_of_head(h)))(head)
@@ -292,7 +299,12 @@ def pof_value_and_grad(
       (3, 2)
     """
     name = "pof_value_and_grad"
-    _check_range(name, sampling_range)
+    check_number(
+        name,
+        ">= 0 and finite",
+        hint="; 0 leaves the head as it is",
+        sampling_range=sampling_range,
+    )
     _check_search(name, initial_step, growth, max_step, num_grid)
 
     def loss_and_aux(features, head, batch):
@@ -446,6 +458,8 @@ def _scalar(name: str, loss, *, keep: bool = False) -> Scalar:
 
 def _check_search(name: str, initial_step, growth, max_step, num_grid) -> int:
     """Checks the options; gives the number of times that the step can grow."""
+    steps = {"initial_step": initial_step, "max_step": max_step}
+    check_number(name, "a number", **steps, growth=growth)
     if not 0 < initial_step <= max_step < math.inf:
         raise ValueError(
             f"{name}: needs 0 < initial_step <= max_step < inf, got "
@@ -453,14 +467,6 @@ def _check_search(name: str, initial_step, growth, max_step, num_grid) -> int:
         )
     if not 1 < growth < math.inf:
         raise ValueError(f"{name}: growth must be > 1 and finite, got {growth}.")
-    check_count(name, "num_grid", num_grid)
+    check_count(name, num_grid=num_grid)
     ratio = math.log(max_step / initial_step) / math.log(growth)
     return math.ceil(round(ratio, 9))
-
-
-def _check_range(name: str, sampling_range) -> None:
-    if isinstance(sampling_range, (int, float)) and not 0 <= sampling_range < math.inf:
-        raise ValueError(
-            f"{name}: sampling_range must be >= 0 and finite, got {sampling_range}; "
-            "0 leaves the head as it is."
-        )

@@ -17,7 +17,6 @@ is advice rather than a duty.
 Reference: Du, Zhou, Feng, Tan, Zhou, "Sharpness-Aware Training for Free", NeurIPS 2022.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,8 +25,10 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from jaxlab._array_checks import check_fields, check_floating
+from jaxlab._checks import check_count, check_number, described
 from jaxlab.likelihoods import row_shares
-from jaxlab.sharpness._checks import check_alike, check_count
+from jaxlab.sharpness._checks import check_alike
 
 Logits = Float[ArrayLike, "*rows classes"]
 Scalar = Float[Array, ""]
@@ -199,6 +200,7 @@ def in_window(epoch: ArrayLike, *, start: ArrayLike, end: ArrayLike) -> Bool[Arr
       >>> [bool(in_window(epoch, start=5, end=8)) for epoch in (5, 6, 7, 8)]
       [False, True, True, False]
     """
+    check_number("in_window", "a number", epoch=epoch, start=start, end=end)
     numbers = isinstance(start, (int, float)) and isinstance(end, (int, float))
     if numbers and not start < end:
         raise ValueError(
@@ -231,9 +233,12 @@ def init_trajectory_buffer(
       >>> buffer.logits.shape
       (5, 3, 3)
     """
-    sizes = {"num_examples": num_examples, "num_classes": num_classes, "lag": lag}
-    for name, size in sizes.items():
-        check_count("init_trajectory_buffer", name, size)
+    check_count(
+        "init_trajectory_buffer",
+        num_examples=num_examples,
+        num_classes=num_classes,
+        lag=lag,
+    )
     slots = (num_examples, lag + 1)
     return TrajectoryBuffer(
         jnp.zeros((*slots, num_classes), dtype), jnp.full(slots, -1, jnp.int32)
@@ -269,6 +274,7 @@ def write_trajectory(
       >>> write_trajectory(buffer, indices, logits, epoch=0).written[2]
       Array([ 0, -1], dtype=int32)
     """
+    buffer = _checked("write_trajectory", buffer)
     size, slots, classes = buffer.logits.shape
     indices, logits = jnp.asarray(indices), jnp.asarray(logits)
     if logits.shape != (*indices.shape, classes):
@@ -317,6 +323,7 @@ def read_trajectory(
       >>> past.tolist(), known.tolist()
       ([[1.0, 2.0], [0.0, 0.0]], [True, False])
     """
+    buffer = _checked("read_trajectory", buffer)
     size, slots, _ = buffer.logits.shape
     past = _epoch("read_trajectory", epoch) - (slots - 1)
     with jax.named_scope("read_trajectory"):
@@ -367,8 +374,7 @@ def update_teacher(
       >>> update_teacher({"w": jnp.ones(2)}, {"w": jnp.full(2, 3.0)}, decay=0.5)
       {'w': Array([2., 2.], dtype=float32)}
     """
-    if isinstance(decay, (int, float)) and not 0 <= decay <= 1:
-        raise ValueError(f"update_teacher: decay must be in [0, 1], got {decay}.")
+    check_number("update_teacher", "in [0, 1]", decay=decay)
     check_alike(
         "update_teacher",
         "params",
@@ -380,6 +386,7 @@ def update_teacher(
     def mixed(old, new):
         if not jnp.issubdtype(old.dtype, jnp.inexact):
             return new
+        old = jnp.asarray(old)
         new = jnp.asarray(new, old.dtype)
         return optax.incremental_update(new, old, 1 - decay).astype(old.dtype)
 
@@ -388,10 +395,7 @@ def update_teacher(
 
 
 def _pair(name, logits, past, temperature) -> tuple[Array, Array]:
-    if isinstance(temperature, (int, float)) and not 0 < temperature < math.inf:
-        raise ValueError(
-            f"{name}: temperature must be positive and finite, got {temperature}."
-        )
+    check_number(name, "positive and finite", temperature=temperature)
     logits, past = jnp.asarray(logits), jax.lax.stop_gradient(jnp.asarray(past))
     if not logits.shape or logits.shape != past.shape:
         raise ValueError(
@@ -432,8 +436,7 @@ def _divergences_jvp(primals, tangents):
 def _total(
     name, loss, logits, past, weight, temperature, active, known, weights
 ) -> Scalar:
-    if isinstance(weight, (int, float)) and not 0 <= weight < math.inf:
-        raise ValueError(f"{name}: weight must be >= 0 and finite, got {weight}.")
+    check_number(name, ">= 0 and finite", weight=weight)
     if jnp.shape(loss):
         raise ValueError(f"{name}: loss must be a scalar, got shape {jnp.shape(loss)}.")
     logits, past = _pair(name, logits, past, temperature)
@@ -442,7 +445,7 @@ def _total(
         on = jnp.asarray(active, bool) & (jnp.asarray(weight) != 0)
         shares = row_shares(shape, weights, dtype=logits.dtype)
         if known is not None:
-            known = jnp.asarray(known, bool)
+            known = jnp.asarray(known) != 0
             if known.shape != shape[: known.ndim]:
                 raise ValueError(
                     f"{name}: known must have one entry per row, shape {shape} or a "
@@ -464,6 +467,27 @@ def _epoch(name: str, epoch: ArrayLike) -> Int[Array, ""]:
     if isinstance(epoch, int) and epoch < 0:
         raise ValueError(f"{name}: epoch counts from 0, got {epoch}.")
     return jnp.asarray(epoch, jnp.int32)
+
+
+def _checked(name: str, buffer: TrajectoryBuffer) -> TrajectoryBuffer:
+    buffer = check_fields(
+        name,
+        "buffer",
+        buffer,
+        TrajectoryBuffer,
+        "init_trajectory_buffer",
+        logits="examples slots classes",
+        written="examples slots",
+    )
+    check_floating(name, "buffer.logits", buffer.logits)
+    kind = buffer.written.dtype
+    if not jnp.issubdtype(kind, jnp.signedinteger) or 0 in buffer.logits.shape:
+        raise ValueError(
+            f"{name}: buffer must hold entries, and their epochs as signed integers, "
+            f"got {described(buffer.logits)} and {described(buffer.written)}; "
+            "init_trajectory_buffer makes it."
+        )
+    return buffer
 
 
 def _inside(indices: Array, size: int) -> Array:

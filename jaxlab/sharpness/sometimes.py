@@ -17,8 +17,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
+from jaxlab._chains import check_inner
+from jaxlab._checks import check_count
 from jaxlab.curvature._layouts import for_branches
-from jaxlab.sharpness._checks import check_count, check_numbers
+from jaxlab.sharpness._checks import check_numbers
 from jaxlab.sharpness._links import at_step
 
 
@@ -59,7 +61,7 @@ def periodic(
       >>> one.tolist(), two.tolist()
       ([2.0], [1.0])
     """
-    check_count("periodic", "every", every)
+    check_count("periodic", every=every)
     act = lambda count, extra: (count % every == 0, extra)
     return _sometimes("periodic", transformation, act)
 
@@ -112,7 +114,9 @@ def _sometimes(name, transformation, act):
     link = optax.with_extra_args_support(transformation)
 
     def init(params):
-        return SometimesState(jnp.zeros((), jnp.int32), link.init(params))
+        inside = link.init(params)
+        check_inner(name, inside)
+        return SometimesState(jnp.zeros((), jnp.int32), inside)
 
     def update(updates, state, params=None, **extra_args):
         now, extra_args = act(state.count, extra_args)

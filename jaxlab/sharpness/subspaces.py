@@ -25,8 +25,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab._norms import wide
-from jaxlab.sharpness._checks import check_alike, check_count, check_tree
+from jaxlab.sharpness._checks import check_alike, check_tree
 from jaxlab.sharpness._endpoints import (
     combine,
     num_endpoints_of,
@@ -201,7 +202,7 @@ def sample_simplex(key: Key[Array, ""], size: int) -> Float[Array, " size"]:
       >>> sample_simplex(jax.random.key(0), 1)
       Array([1.], dtype=float32)
     """
-    check_count("sample_simplex", "size", size)
+    check_count("sample_simplex", size=size)
     # Minus a Gumbel variable is the logarithm of an exponential one, without its zeros.
     return jax.nn.softmax(-jax.random.gumbel(key, (size,)))
 
@@ -274,7 +275,7 @@ def subspace_init(
       >>> subspace_init(jax.random.key(0), init_fn, num_endpoints=2)["w"].shape
       (2, 3)
     """
-    check_count("subspace_init", "num_endpoints", num_endpoints)
+    check_count("subspace_init", num_endpoints=num_endpoints)
     return jax.vmap(init_fn)(jax.random.split(key, num_endpoints))
 
 
@@ -354,9 +355,7 @@ def subspace_loss(
       11.0
     """
     name = "subspace_loss"
-    number = isinstance(beta, (int, float))
-    if number and not beta >= 0:
-        raise ValueError(f"{name}: beta must be a number >= 0, got {beta}.")
+    check_number(name, "a number >= 0", beta=beta)
     with jax.named_scope(name):
         size = num_endpoints_of(name, endpoints)
         loss = jnp.asarray(loss_fn(weighted_point(name, endpoints, coefficients)))
@@ -365,7 +364,7 @@ def subspace_loss(
                 f"{name}: loss_fn must give a scalar, got shape {loss.shape}; take the "
                 "mean over rows."
             )
-        if size == 1 or (number and beta == 0):
+        if size == 1 or (isinstance(beta, (int, float)) and beta == 0):
             return loss
         if size > 2 and key is None:
             raise ValueError(

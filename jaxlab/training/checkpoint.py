@@ -38,6 +38,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from jaxlab._checks import check_count, described, is_whole
+
 __all__ = ["Checkpoints", "Restored"]
 
 _SEAL = "seal.json"
@@ -89,15 +91,15 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
-        if keep < 2:
+        if not is_whole(keep) or keep < 2:
             raise ValueError(
-                f"keep must be at least 2, got {keep}: where the newest checkpoint is "
-                "damaged, the one before is needed."
+                f"keep must be at least 2, got {keep!r}: where the newest checkpoint "
+                "is damaged, the one before is needed."
             )
         self.directory = pathlib.Path(directory).absolute()
         self._keep = keep
         self._sealing: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: tuple[int, BaseException] | None = None
         self._leader = jax.process_index() == 0
         if self._leader:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -125,6 +127,9 @@ class Checkpoints:
           RuntimeError: if the save before this one failed; its cause is chained.
         """
         self._join()
+        check_count("Checkpoints.save", least=0, step=step)
+        _check_leaves(state)
+        step = int(step)
         folder = self._folder(step)
         if step in self._sealed():
             raise ValueError(
@@ -133,7 +138,10 @@ class Checkpoints:
             )
         if self._leader and folder.exists():
             _delete(folder)
-        self._orbax.save(folder, {"state": state})  # Orbax takes no bare array
+        try:
+            self._orbax.save(folder, {"state": state})  # Orbax takes no bare array
+        except OSError as error:
+            raise self._failure(step, error) from error
         leaves = _describe(state)
         # Not a daemon: an interpreter that exits waits for the seal.
         self._sealing = threading.Thread(target=self._seal, args=(step, leaves))
@@ -176,6 +184,7 @@ class Checkpoints:
         _check_template(step, _read_seal(folder)["leaves"], _describe(template))
         wanted = {"state": jax.tree.map(_abstract, template)}
         state = self._orbax.restore(folder, wanted)["state"]
+        _log.info("Restored step %d from %s.", step, self.directory)
         return Restored(state, step, tuple(rejected))
 
     def steps(self) -> list[int]:
@@ -211,8 +220,16 @@ class Checkpoints:
             self._sealing.join()
             self._sealing = None
         if self._error is not None:
-            error, self._error = self._error, None
-            raise RuntimeError("A checkpoint could not be saved.") from error
+            (step, error), self._error = self._error, None
+            raise self._failure(step, error) from error
+
+    def _failure(self, step, error):
+        kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+        return RuntimeError(
+            f"The checkpoint of step {step} could not be saved in {self.directory}: "
+            f"{kind}: {text}. Free space there, or choose another folder; the sealed "
+            f"steps {self.steps()} are whole."
+        )
 
     def _seal(self, step, leaves):
         """Runs in the background from the start of a save to the end of pruning."""
@@ -222,7 +239,7 @@ class Checkpoints:
                 _write_seal(self._folder(step), step, leaves)
                 self._prune()
         except BaseException as error:
-            self._error = error  # raised by the next call in the main thread
+            self._error = step, error  # raised by the next call in the main thread
 
     def _prune(self):
         kept = sorted(self._sealed())[-self._keep :]
@@ -250,6 +267,16 @@ class Checkpoints:
         if damaged.exists():
             _delete(damaged)
         os.replace(folder, damaged)
+
+
+def _check_leaves(tree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        numbers = not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "OSU"
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape") and numbers):
+            raise ValueError(
+                "Checkpoints.save: state must be a tree of arrays of numbers, got "
+                f"{described(leaf)} at state{jax.tree_util.keystr(path)}."
+            )
 
 
 def _describe(tree) -> dict[str, str]:

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
+from jaxlab._checks import check_count, is_whole
 from jaxlab.objective import Batch, unpack_batch
 
 __all__ = ["Resident", "Streamed", "epoch_order", "place", "resident"]
@@ -52,8 +53,9 @@ def epoch_order(key: Key[Array, ""], epoch: Any, *, size: int) -> Int[Array, "si
       >>> sorted(order.tolist())
       [0, 1, 2, 3]
     """
-    if size < 0:
-        raise ValueError(f"epoch_order: size must be at least 0, got {size}.")
+    check_count("epoch_order", least=0, size=size)
+    if not hasattr(epoch, "dtype") or jnp.shape(epoch):
+        check_count("epoch_order", least=0, epoch=epoch)
     key = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
     bits = jax.random.bits(key, (size,), jnp.uint32)
     with jax.enable_x64(True):
@@ -203,7 +205,7 @@ class Streamed:
         steps_per_epoch: int,
         sharding: NamedSharding | None = None,
     ):
-        if steps_per_epoch < 1:
+        if not is_whole(steps_per_epoch) or steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be >= 1, got {steps_per_epoch}.")
         self.function = function
         self.steps_per_epoch = steps_per_epoch

@@ -11,6 +11,7 @@ step). The state is saved only after the losses up to it were seen to be finite.
 """
 
 import contextlib
+import inspect
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlab._checks import check_count
 from jaxlab.objective import Batch, Objective
 from jaxlab.training.checkpoint import Checkpoints
 from jaxlab.training.feed import Streamed, place, resident
@@ -141,9 +143,9 @@ def fit(
       Last state, per-step history and per-epoch means.
 
     Raises:
-      ValueError: if the arguments do not fit each other or the data, the state is used
-        up or of another optimizer, or the checkpoint does not fit the state (another
-        tree, another base key).
+      ValueError: if the arguments do not fit each other or the data, ``objective`` is
+        not one, the state is used up or of another optimizer, or the checkpoint does
+        not fit the state (another tree, another base key).
       FloatingPointError: if a loss is not finite; names the step. No later state was
         saved, so the newest checkpoint is from before.
 
@@ -161,6 +163,7 @@ def fit(
       ([[0.9375]], [4.0, 2.0, 4.0, 2.0])
     """
     _check_counts(epochs, evaluate_every, checkpoint_every, steps_per_call)
+    _check_objective(objective)
     _check_state(state, optimizer)
     state = _on_mesh(state, data_sharding)
     feed = _make_feed(
@@ -287,21 +290,43 @@ def _restored(checkpoints, state):
 
 
 def _check_counts(epochs, evaluate_every, checkpoint_every, steps_per_call):
-    if epochs < 0:
-        raise ValueError(f"fit: epochs must be >= 0, got {epochs}.")
-    calls = 1 if steps_per_call is None else steps_per_call
-    if min(evaluate_every, checkpoint_every, calls) < 1:
+    check_count("fit", least=0, epochs=epochs)
+    check_count("fit", evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+    check_count("fit", optional=True, steps_per_call=steps_per_call)
+
+
+def _check_objective(objective):
+    if not isinstance(objective, Objective):
         raise ValueError(
-            "fit: evaluate_every, checkpoint_every and steps_per_call must be >= 1, "
-            f"got {evaluate_every}, {checkpoint_every} and {steps_per_call}."
+            "fit: objective must be an Objective; make one with from_nnx(model, "
+            "likelihood) or Objective(plain(apply_fn), likelihood), got "
+            f"{type(objective).__name__}."
         )
+    if isinstance(objective.likelihood, type):
+        raise ValueError(
+            "fit: the objective's likelihood must be an instance, such as "
+            f"Categorical(), got the class {objective.likelihood.__name__}."
+        )
+    try:
+        signature = inspect.signature(objective.apply_fn)
+    except (TypeError, ValueError):
+        return  # built in, for one
+    try:
+        signature.bind((), (), (), key=None, train=True)
+    except TypeError as error:
+        raise ValueError(
+            "fit: the objective's apply_fn must take (params, state, inputs, *, key, "
+            f"train), got {signature}; write Objective(plain(apply_fn), likelihood) "
+            "for a function of (params, inputs)."
+        ) from error
 
 
 def _check_state(state, optimizer):
     if not isinstance(state, TrainState):
         raise ValueError(
-            "fit: state must be a TrainState; make one with create_state(key, params, "
-            f"optimizer), got {type(state).__name__}."
+            "fit: state must be a TrainState of jaxlab; make one with "
+            "jaxlab.training.create_state(key, params, optimizer), got "
+            f"{type(state).__module__}.{type(state).__qualname__}."
         )
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
         raise ValueError(

@@ -42,6 +42,7 @@ def accuracy(
       >>> accuracy(jnp.array([[0.1, 0.9], [0.8, 0.2]]), jnp.array([1, 1])).tolist()
       [1.0, 0.0]
     """
+    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
     if targets.shape == outputs.shape:
         targets = jnp.argmax(targets, -1)
     elif targets.shape != outputs.shape[:-1]:
@@ -102,11 +103,12 @@ def evaluate(
         sums = np.stack([one(*args, np.int32(i)) for i in steps])
     else:
         sums = np.asarray(_all_sums(*args, metrics=named))
-    totals, weights = np.sum(sums.astype(np.float64), axis=0)
     names = ["loss", *metrics]
-    means = np.divide(
-        totals, weights, out=np.full_like(totals, np.nan), where=weights != 0
-    )
+    with np.errstate(invalid="ignore"):  # infinities of both signs, or in both
+        totals, weights = np.sum(sums.astype(np.float64), axis=0)
+        means = np.divide(
+            totals, weights, out=np.full_like(totals, np.nan), where=weights != 0
+        )
     return dict(zip(names, means.tolist(), strict=True))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab._chains import check_chain
+from jaxlab._checks import check_number
 
 
 @runtime_checkable
@@ -113,11 +114,15 @@ def create_state(
       >>> state.params["w"].shape
       (3,)
     """
-    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+    kind = jnp.asarray(key).dtype
+    if not jnp.issubdtype(kind, jax.dtypes.prng_key) or jnp.shape(key):
         raise ValueError(
             "create_state: key must be a typed key such as jax.random.key(0), got "
-            f"{jnp.asarray(key).dtype} (jax.random.PRNGKey makes those)."
+            f"{kind}{list(jnp.shape(key))} (jax.random.PRNGKey makes uint32[2])."
         )
+    check_number(
+        "create_state", "positive and finite", optional=True, loss_scale=loss_scale
+    )
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     params = copy(params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))

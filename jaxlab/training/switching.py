@@ -24,6 +24,7 @@ import optax
 from flax import nnx
 from jaxtyping import PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.layers import densify
 from jaxlab.likelihoods import Likelihood
 from jaxlab.objective import Batch, Objective
@@ -180,11 +181,8 @@ def reverse_sparsification(
       >>> len(result.sparse.epochs), len(result.dense.epochs)
       (9, 1)
     """
-    if epochs < 2 or not 0 < dense_fraction < 1:
-        raise ValueError(
-            "reverse_sparsification needs at least 2 epochs and a dense_fraction in "
-            f"(0, 1), got epochs={epochs} and dense_fraction={dense_fraction}."
-        )
+    check_count("reverse_sparsification", least=2, epochs=epochs)
+    check_number("reverse_sparsification", "in (0, 1)", dense_fraction=dense_fraction)
     if not {"checkpoint_dir", "metrics_path"}.isdisjoint(options):
         raise ValueError(
             "reverse_sparsification: checkpoint_dir and metrics_path belong to one "

@@ -139,11 +139,11 @@ def test_numbers_of_the_bounds():
         with pytest.raises(ValueError, match="prior_index must be at least 1"):
             run(analytic, prior_index=index)()
     for name in ("num_priors", "num_samples", "num_final_samples"):
-        with pytest.raises(ValueError, match=r"num_\w+ must be above 0"):
+        with pytest.raises(ValueError, match=r"num_\w+ must be an integer >= 1"):
             run(grid, **{name: 0})()
     with pytest.raises(ValueError, match="delta must be above 0"):
         run(grid, sample_delta=0)()
-    with pytest.raises(ValueError, match="num_steps must be above 0"):
+    with pytest.raises(ValueError, match="num_steps must be an integer >= 1"):
         run(optimize, num_steps=0)()
 
 
@@ -159,7 +159,7 @@ def test_batches_need_one_leading_axis():
 def test_gibbs_errors():
     found = analytic(H, AXES, THETA, 0 * THETA)
     run = functools.partial(gibbs_error, KEY, lambda p: np.float32(0.5), found, AXES)
-    fails("num_samples must be above 0", run, num_samples=0)
+    fails("num_samples must be an integer >= 1", run, num_samples=0)
     fails("delta must be above 0", run, delta=1.5)
     assert run(num_samples=3).mean == 0.5
     percent = gibbs_error(KEY, lambda p: 50.0, found, AXES, num_samples=3)

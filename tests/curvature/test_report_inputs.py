@@ -29,7 +29,7 @@ def report(params=W, data=DATA, objective=OBJECTIVE, **options):
             r"Objective\(plain\(apply_fn\), Categorical\(\)\) .* got a function",
         ),
         ({"matrix": "fisher"}, 'matrix must be "hessian" or "ggn", got \'fisher\''),
-        ({"damping": 0}, "damping must be positive, or None to leave .* got 0"),
+        ({"damping": 0}, "damping must be positive, got 0; None leaves"),
         ({"damping": float("nan")}, "damping must be positive"),
         ({"reorthogonalize": "selective"}, 'must be "full" or "none", got \'sel'),
         ({"microbatch": 0}, "spectrum_report: microbatch must be a number of rows"),

@@ -59,5 +59,5 @@ def test_planted_structures():
 
 @pytest.mark.parametrize("sizes", [{"classes": 0}, {"dim": 0}])
 def test_clusters_need_classes_and_dimensions(sizes):
-    with pytest.raises(ValueError, match="classes and dim must be at least 1"):
+    with pytest.raises(ValueError, match=r"(classes|dim) must be an integer >= 1"):
         datasets.gaussian_clusters(**sizes)

@@ -1,6 +1,5 @@
 """Calls of the room curvature."""
 
-import functools
 import pathlib
 import runpy
 
@@ -21,7 +20,14 @@ KEY = jax.random.key(0)
 SCALE = {"a": jnp.array([5.0, 3.0, 1.0]), "b": jnp.array([[2.0, 0.5]])}
 ONES = {"a": jnp.ones(3), "b": jnp.ones((1, 2))}
 VECTOR = {"a": _ramp(3), "b": _ramp(1, 2)}
-OPERATOR = jax.tree_util.Partial(functools.partial(jax.tree.map, jnp.multiply), SCALE)
+
+
+# Written out, so that an error within counts as the caller's.
+def _scaled(scale, vector):
+    return {name: scale[name] * leaf for name, leaf in vector.items()}
+
+
+OPERATOR = jax.tree_util.Partial(_scaled, SCALE)
 PARAMS = {"w": _ramp(3, 1), "c": _ramp(1)}
 DIRECTION = {"w": _ramp(3, 1, scale=0.5), "c": _ramp(1, scale=0.5)}
 BATCH = (_ramp(4, 3), _ramp(4, 1))
@@ -65,8 +71,8 @@ def _applied(make, **fixed):
     return operator
 
 
-def _hessian(params, vector, batch):
-    return curvature.hessian_operator(_batch_loss, params, batch)(vector)
+def _hessian(params, vector, batches):
+    return curvature.hessian_operator(_batch_loss, params, batches)(vector)
 
 
 def _ggn(params, vector, batch, microbatch):

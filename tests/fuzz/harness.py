@@ -551,7 +551,8 @@ def _check_dtypes(made, arguments, base, result):
         )
         for given, got in pairs:
             given = jax.dtypes.canonicalize_dtype(np.asarray(given).dtype)
-            if jnp.issubdtype(given, jnp.floating) and given != got.dtype:
+            found = jax.dtypes.canonicalize_dtype(got.dtype)  # NumPy handed through
+            if jnp.issubdtype(given, jnp.floating) and given != found:
                 raise Wrong(f"{made.like} of {given}, result of {got.dtype}")
 
 

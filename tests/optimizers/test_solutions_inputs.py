@@ -143,7 +143,7 @@ def test_powers_of_trees():
         with pytest.raises(ValueError, match=f"{make.__name__}: params has no entries"):
             make({}, alpha=2)
         with pytest.raises(
-            ValueError, match=r"alpha must be a scalar, got shape \(2,\)"
+            ValueError, match=r"alpha must be a single real number.* float32\[2\]"
         ):
             make(X, alpha=jnp.ones(2))
     tx = scale_by_power(2.0)

@@ -455,7 +455,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pages = runpy.run_path(str(PAGE.parents[1] / "tests" / "pages.py"))
     names, count = pages["run"](PAGE)
-    assert count == 6
+    assert count == 8
     assert names["means"]["accuracy"] > 0.9
     assert dict(names["mesh"].shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert len(names["result"].epochs) == 2

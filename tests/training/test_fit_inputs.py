@@ -42,9 +42,12 @@ def _fit(data=DATA, state=None, **options):
         ({}, "arrays need batch_size="),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"batch_size": 4, "steps_per_epoch": 2}, "no steps_per_epoch=, got"),
-        ({"batch_size": 4, "epochs": -1}, "epochs must be >= 0, got -1"),
-        ({"batch_size": 4, "steps_per_call": 0}, "must be >= 1, got 1, 1 and 0"),
-        ({"batch_size": 4, "evaluate_every": 0}, "must be >= 1, got 0, 1 and None"),
+        ({"batch_size": 4, "epochs": -1}, "epochs must be an integer >= 0, got -1"),
+        (
+            {"batch_size": 4, "steps_per_call": 0},
+            "steps_per_call must be an .* or None",
+        ),
+        ({"batch_size": 4, "evaluate_every": 0}, "evaluate_every must be an integer"),
         (
             {"batch_size": 11, "drop_remainder": True},
             "10 rows give no batch of 11 with",
@@ -153,7 +156,7 @@ def test_targets_of_accuracy_are_not_broadcast(shape):
 
 
 def test_orders_of_negative_size():
-    with pytest.raises(ValueError, match="size must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="size must be an integer >= 0, got -1"):
         epoch_order(jax.random.key(0), 0, size=-1)
 
 

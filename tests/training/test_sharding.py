@@ -1,11 +1,15 @@
 """Plans cut a training state by its paths; what is cut trains as what is whole."""
 
+import functools
 import pathlib
 import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.training import (
@@ -14,12 +18,16 @@ from jaxlab.training import (
     data_parallel,
     make_mesh,
     shard,
-    tensor_parallel,
 )
 
 WORKERS = pathlib.Path(__file__).parent / "workers"
 COMPOSED = runpy.run_path(str(WORKERS / "composed.py"))
-SMALL = ShardingPlan(rules=tensor_parallel().rules, smallest=8)
+SMALL = COMPOSED["SMALL"]
+PLANS = {
+    "data_parallel": ({}, data_parallel()),
+    "fully_sharded": ({"fsdp": 8}, ShardingPlan(smallest=8)),
+    "tensor_parallel": ({"fsdp": 2, "tensor": 2}, SMALL),
+}
 
 
 def test_factors_and_moments_are_cut_with_their_parameters():
@@ -59,10 +67,66 @@ def test_what_eight_devices_wrote_four_and_one_read(tmp_path):
             assert found["up"]["kernel"].sharding == like["up"]["kernel"].sharding
 
 
-def test_twenty_steps_on_eight_devices_equal_one():
-    whole = COMPOSED["train"](name="adamw").state.params
-    cut = COMPOSED["train"](make_mesh(), data_parallel(), name="adamw").state.params
-    total = lambda x: float(np.sum(np.square(x)))
-    square = lambda tree: sum(map(total, jax.tree.leaves(tree)))
-    apart = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), whole, cut)
-    assert square(apart) ** 0.5 <= 1e-5 * square(whole) ** 0.5
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_here():
+    """Passes by the persistent cache.
+
+    A program for many CPU devices that XLA reads back from it may run its messages in
+    another order on each device, and wait for ever: FishLeg's tensor-parallel step
+    does, each time (jaxlib 0.10.2).
+    """
+    name = "jax_enable_compilation_cache"
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update(name, before)
+    compilation_cache.reset_cache()
+
+
+@functools.cache
+def whole(name, dtype=None):
+    return COMPOSED["train"](name=name, dtype=dtype).state.params
+
+
+def away(plan, name, dtype=None):
+    """Gives the distance of params after 20 steps on eight devices, of their size."""
+    sizes, plan = PLANS[plan]
+    state = COMPOSED["train"](make_mesh(**sizes), plan, name=name, dtype=dtype).state
+    if plan.rest is not None:
+        kernel = state.params["blocks"]["attention"]["query"]["kernel"]
+        assert not kernel.sharding.is_fully_replicated
+    norm = lambda tree: optax.tree.norm(jax.tree.map(np.asarray, tree))
+    expected = jax.tree.map(np.asarray, whole(name, dtype))
+    found = jax.tree.map(np.asarray, state.params)
+    return float(norm(optax.tree.sub(found, expected)) / norm(expected))
+
+
+GENTLE = ["gentle adamw", pytest.param("gentle gnp + fishleg", marks=pytest.mark.soak)]
+QUICK = ["adamw", pytest.param("gnp + fishleg", marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("name", GENTLE)
+@pytest.mark.parametrize("plan", PLANS)
+def test_twenty_steps_on_eight_devices_equal_one(plan, name):
+    # Rates at which 20 steps do not blow up round-off: see the worker. Measured: at
+    # most 1.8e-7 (AdamW) and 7.5e-7 (penalty and FishLeg). At the quick rates of
+    # below it is 3.1e-5 and 5e-3.
+    assert away(plan, name) <= 1e-5
+
+
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("plan", PLANS)
+def test_quick_rates_differ_by_round_off_alone(x64, monkeypatch, plan, name):
+    # The attention of jax computes its softmax in float32, whatever it is given.
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    assert away(plan, name, "float64") <= 1e-9
+
+
+def attention(q, k, v, *, is_causal):
+    assert is_causal
+    assert q.dtype == jnp.float64
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    seen = jnp.tril(jnp.ones(scores.shape, bool))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+    return jnp.einsum("bhts,bshd->bthd", weights, v)

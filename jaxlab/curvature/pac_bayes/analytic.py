@@ -33,6 +33,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._array_checks import check_fields
+from jaxlab._checks import check_count, check_number
 from jaxlab.curvature._subspaces import count_of
 from jaxlab.curvature._vectors import space_of
 from jaxlab.curvature.pac_bayes.gaussians import (
@@ -166,8 +168,10 @@ def pac_bayes_analytic(
             f"{name}: eigenvalues must have one entry for each of the {count} vectors, "
             f"got shape {h.shape}."
         )
-    check_number(name, "prior_precision", prior_precision, 0, math.inf)
-    check_number(name, "slack", slack, 0, math.inf)
+    check_number(
+        name, "above 0 and below inf", prior_precision=prior_precision, slack=slack
+    )
+    check_number(name, "at least 8", num_examples=num_examples)
     if isinstance(prior_index, int) and prior_index < 1:
         raise ValueError(f"{name}: prior_index must be at least 1, got {prior_index}.")
     if units not in ("nats", "bits"):
@@ -232,8 +236,14 @@ def gibbs_error(
       0.5
     """
     name = "gibbs_error"
-    check_number(name, "num_samples", num_samples, 0, math.inf)
-    check_number(name, "delta", delta, 0, 1)
+    shapes = dict.fromkeys(("kl", "gap"), "")
+    for which in ("precision", "prior_precision"):
+        shapes |= {f"{which}s": "k", f"{which}_outside": ""}
+    posterior = check_fields(
+        name, "posterior", posterior, PacBayes, "pac_bayes_analytic", **shapes
+    )
+    check_count(name, num_samples=num_samples)
+    check_number(name, "above 0 and below 1", delta=delta)
     with jax.named_scope(name):
         errors = draw_errors(key, error_fn, posterior, vectors, num_samples)
         mean = errors.mean()
@@ -253,11 +263,8 @@ def penalty(
     name: str, num_examples: int, delta: float, indices: ArrayLike | None
 ) -> ArrayLike:
     """Computes ln(n / delta), plus ln(pi^2 j^2 / 6) for each index of a union bound."""
-    check_number(name, "delta", delta, 0, 1)
-    if not num_examples >= 8:
-        raise ValueError(
-            f"{name}: num_examples must be at least 8, got {num_examples}."
-        )
+    check_number(name, "above 0 and below 1", delta=delta)
+    check_number(name, "at least 8", num_examples=num_examples)
     total = math.log(num_examples / delta)
     if indices is None:
         return total
@@ -266,16 +273,6 @@ def penalty(
         indices.astype(jnp.result_type(float))
     )
     return total + jnp.sum(each)
-
-
-def check_number(
-    name: str, which: str, value: ArrayLike, low: int, high: int | float
-) -> None:
-    """Refuses a Python number that is not strictly between two others."""
-    if isinstance(value, (int, float)) and not low < value < high:
-        raise ValueError(
-            f"{name}: {which} must be above {low} and below {high}, got {value}."
-        )
 
 
 def draw_errors(

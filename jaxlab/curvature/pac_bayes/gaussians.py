@@ -10,13 +10,12 @@ One formula for all bounds here: the analytic posterior (lam_c = z_i = z_c), the
 isotropic one (lam_i too) and the prior aligned with a Fisher matrix.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab.curvature._subspaces import (
     Blocks,
     blocks_of,
@@ -155,8 +154,8 @@ def _excess(prior: Array, posterior: Array) -> Array:
 def _positive(
     name: str, which: str, value: ArrayLike, shape: tuple[int, ...], space: Space
 ) -> Array:
-    if isinstance(value, (int, float)) and not 0 < value < math.inf:
-        raise ValueError(f"{name}: {which} must be positive, got {value}.")
+    if shape == () or isinstance(value, (int, float)):
+        check_number(name, "positive", **{which: value})
     value = jnp.asarray(value)
     if value.shape != shape:
         raise ValueError(

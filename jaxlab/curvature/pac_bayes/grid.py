@@ -6,7 +6,6 @@ largest_variance, j = 1, 2, ..., J, prior j failing with probability delta 6 / (
 j^2): all bounds hold at once, so the least of them does.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +14,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.curvature.pac_bayes.analytic import (
     GibbsError,
     PacBayes,
-    check_number,
     draw_errors,
     gibbs_error,
     pac_bayes_analytic,
@@ -117,10 +116,14 @@ def pac_bayes_grid(
       True
     """
     name = "pac_bayes_grid"
-    check_number(name, "num_priors", num_priors, 0, math.inf)
-    check_number(name, "num_samples", num_samples, 0, math.inf)
-    check_number(name, "spacing", spacing, 0, math.inf)
-    check_number(name, "largest_variance", largest_variance, 0, math.inf)
+    check_count(
+        name,
+        num_priors=num_priors,
+        num_samples=num_samples,
+        num_final_samples=num_final_samples,
+    )
+    widths = {"largest_variance": largest_variance, "spacing": spacing}
+    check_number(name, "above 0 and below inf", **widths)
     few, fresh = jax.random.split(key)
 
     def analytic(index):

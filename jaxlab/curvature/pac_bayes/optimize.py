@@ -28,6 +28,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.curvature._subspaces import (
     coefficients,
     combination,
@@ -38,7 +39,6 @@ from jaxlab.curvature._vectors import Space, space_of
 from jaxlab.curvature.pac_bayes.analytic import (
     PacBayes,
     certify,
-    check_number,
     penalty,
 )
 from jaxlab.curvature.pac_bayes.gaussians import axes_of, sample_gaussian_low_rank
@@ -133,9 +133,12 @@ def pac_bayes_optimize(
             f"{name}: eigenvalues must have one entry for each of the "
             f"{count_of(blocks)} vectors, got shape {f.shape}."
         )
-    check_number(name, "num_steps", num_steps, 0, math.inf)
-    check_number(name, "largest_variance", largest_variance, 0, math.inf)
-    check_number(name, "spacing", spacing, 0, math.inf)
+    check_count(name, num_steps=num_steps)
+    check_number(name, "above 0 and below 1", delta=delta)
+    delta = float(delta)
+    check_number(name, "at least 8", num_examples=num_examples)
+    widths = {"largest_variance": largest_variance, "spacing": spacing}
+    check_number(name, "above 0 and below inf", **widths)
     if units not in ("nats", "bits"):
         raise ValueError(f'{name}: units must be "nats" or "bits", got {units!r}.')
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}

@@ -9,10 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Inexact, Key, Num
+
+from jaxlab._array_checks import check_fields
+from jaxlab._checks import (
+    check_count,
+    check_flag,
+    check_number,
+    check_sequence,
+    described,
+    is_whole,
+)
 
 
 class GatedParams(NamedTuple):
@@ -77,6 +86,8 @@ def init_gated(
       >>> params.kernel.shape, params.bias_gate.shape, float(params.scale)
       ((3, 3, 8, 16), (2, 16), 1.0)
     """
+    check_sequence("init_gated", "shape", shape, "sizes")
+    check_flag("init_gated", use_bias=use_bias)
     shape = tuple(shape)
     if len(shape) < 2 or not all(map(_is_size, (*shape, hyperparameters))):
         raise ValueError(
@@ -84,10 +95,7 @@ def init_gated(
             f"hyperparameters a count, all integers >= 1, got {shape} and "
             f"hyperparameters={hyperparameters!r}."
         )
-    if not 0 <= gate_scale < math.inf:
-        raise ValueError(
-            f"init_gated: gate_scale must be finite and >= 0, got {gate_scale}."
-        )
+    check_number("init_gated", "finite and >= 0", gate_scale=gate_scale)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"init_gated: dtype must be floating, got {dtype}.")
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
@@ -134,6 +142,7 @@ def gated_linear(
       (5, 7, 2)
     """
     name = "gated_linear"
+    params = _checked(name, params)
     x, u = _check(name, params, x, u, window=0)
     product = lambda kernel: jnp.matmul(x, kernel)
     with jax.named_scope(name):
@@ -176,13 +185,14 @@ def gated_conv(
       (5, 4, 4, 4)
     """
     name = "gated_conv"
+    params = _checked(name, params)
+    check_count(name, groups=groups)
     window = params.kernel.ndim - 2
     x, u = _check(name, params, x, u, window=window, groups=groups)
     batch = x.shape[: x.ndim - window - 1]
-    flat = x.reshape(-1, *x.shape[len(batch) :])
-    each = lambda number: (
-        (number,) * window if isinstance(number, int) else tuple(number)
-    )
+    flat = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+    strides = _each(name, "strides", strides, window)
+    dilation = _each(name, "dilation", dilation, window)
     space = tuple(range(1, window + 1))
     layout = lax.ConvDimensionNumbers(
         lhs_spec=(0, window + 1, *space),
@@ -194,9 +204,9 @@ def gated_conv(
         y = lax.conv_general_dilated(
             flat,
             kernel,
-            each(strides),
+            strides,
             padding,
-            rhs_dilation=each(dilation),
+            rhs_dilation=dilation,
             dimension_numbers=layout,
             feature_group_count=groups,
         )
@@ -229,6 +239,7 @@ def gated_weights(
       >>> bool(jnp.all(kernel == params.kernel))  # c is 1, the gate is closed
       True
     """
+    params = _checked("gated_weights", params)
     u = jnp.asarray(u)
     if u.shape != params.kernel_gate.shape[:1]:
         raise ValueError(
@@ -300,6 +311,36 @@ def _check(
     return x.astype(jnp.promote_types(x.dtype, kernel.dtype)), u
 
 
+def _checked(name: str, params: GatedParams) -> GatedParams:
+    kernels = dict.fromkeys(("kernel", "response_kernel"), "*window inputs outputs")
+    biases, gates = {}, {"kernel_gate": "h outputs"}
+    if getattr(params, "bias", None) is not None:
+        biases = dict.fromkeys(("bias", "response_bias"), "outputs")
+        gates["bias_gate"] = "h outputs"
+    return check_fields(
+        name,
+        "params",
+        params,
+        GatedParams,
+        "init_gated",
+        **kernels,
+        **gates,
+        **biases,
+        scale="",
+    )
+
+
+def _each(name: str, argument: str, numbers: Any, window: int) -> tuple[int, ...]:
+    """Gives one number for each axis of the window."""
+    several = tuple(numbers) if isinstance(numbers, (tuple, list)) else ()
+    several = several or (numbers,) * window
+    if len(several) != window or not all(map(_is_size, several)):
+        raise ValueError(
+            f"{name}: {argument} must be an integer >= 1, or {window} of them, got "
+            f"{described(numbers)}."
+        )
+    return tuple(map(int, several))
+
+
 def _is_size(number: Any) -> bool:
-    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-    return whole and number >= 1
+    return is_whole(number) and number >= 1

@@ -3,7 +3,6 @@
 See :mod:`jaxlab.optimizers.best_response` for the method.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab._norms import safe_norm, wide
 from jaxlab.curvature._batches import rows_of
 from jaxlab.curvature._vectors import space_of
@@ -178,13 +178,10 @@ def best_response_error(response: PyTree, exact: PyTree) -> Scalar:
     return optax.tree.norm(gap) / safe_norm(exact, 1e-12)
 
 
-def check_weight(name: str, weight: Any) -> None:
-    """Refuses Python numbers that are no weight of the entropy.
+def check_weight(name: str, weight: Any, *, schedule: bool = False) -> None:
+    """Refuses what is no weight of the entropy.
 
     Raises:
       ValueError: if it is below 0 or not finite.
     """
-    if isinstance(weight, (int, float)) and not 0 <= weight < math.inf:
-        raise ValueError(
-            f"{name}: entropy_weight must be finite and >= 0, got {weight}."
-        )
+    check_number(name, "finite and >= 0", schedule=schedule, entropy_weight=weight)

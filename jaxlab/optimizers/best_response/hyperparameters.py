@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
+from jaxlab._checks import check_count, check_number, described
 from jaxlab._norms import wide
 
 
@@ -48,6 +49,8 @@ class Hyperparameter:
 
     def __post_init__(self):
         lo, hi = self.lo, self.hi
+        which = f"Hyperparameter {self.name!r}"
+        check_number(which, "a number", init=self.init, lo=lo, hi=hi)
         if not lo < hi or lo == math.inf or (lo == -math.inf and hi != math.inf):
             raise ValueError(
                 f"Hyperparameter {self.name!r}: needs lo < hi, and a finite lo unless "
@@ -131,6 +134,11 @@ def unconstrain(
       Array(3., dtype=float32)
     """
     _check_specs("unconstrain", specs)
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            "unconstrain: values must be a dictionary of numbers by name, got "
+            f"{described(values)}."
+        )
     unknown = sorted(set(values) - {spec.name for spec in specs})
     if unknown:
         raise ValueError(
@@ -180,8 +188,7 @@ def perturb_hyperparameters(
     name = "perturb_hyperparameters"
     u, rho = check_vectors(name, u, rho)
     check_shared(name, shared, u.size)
-    if not isinstance(rows, (int, np.integer)) or isinstance(rows, bool) or rows < 1:
-        raise ValueError(f"{name}: rows must be an integer >= 1, got {rows!r}.")
+    check_count(name, rows=rows)
     noise = jax.random.normal(key, (rows, u.size), u.dtype)
     same = jnp.broadcast_to(jnp.asarray(shared, bool), (1, u.size))
     noise = jnp.where(same, noise[:1], noise)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab._norms import wide
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._vectors import space_of
@@ -168,9 +168,9 @@ def self_tuning(
       (Array([-2.], dtype=float32), True)
     """
     name = "self_tuning"
-    check_weight(name, entropy_weight)
-    _check_count(name, "train_steps", train_steps, 1)
-    _check_count(name, "warmup", warmup, 0)
+    check_weight(name, entropy_weight, schedule=True)
+    check_count(name, train_steps=train_steps)
+    check_count(name, least=0, warmup=warmup)
     fitter, tuner = map(optax.with_extra_args_support, (params_optimizer, u_optimizer))
     scaler = None
     if rho_optimizer is not None:
@@ -254,11 +254,3 @@ def self_tuning(
         return state, SelfTuningMetrics(train_loss, val_loss, entropy, due)
 
     return SelfTuning(init, fit_step, tune_step, step)
-
-
-def _check_count(name: str, argument: str, count: Any, least: int) -> None:
-    whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-    if not whole or count < least:
-        raise ValueError(
-            f"{name}: {argument} must be an integer >= {least}, got {count!r}."
-        )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._array_checks import check_fields
 from jaxlab._norms import wide
 from jaxlab.curvature._batches import cut
 from jaxlab.curvature._vectors import space_of
@@ -149,6 +150,24 @@ def coherence_from_moments(
       >>> coherence_from_moments(moments, unbiased=True).alpha
       Array(0., dtype=float32)
     """
+    moments = check_fields(
+        "coherence_from_moments",
+        "moments",
+        moments,
+        GradientMoments,
+        "gradient_moments",
+        weight="",
+        weight_square="",
+    )
+    shapes = {
+        jnp.shape(leaf) for leaf in jax.tree.leaves((moments.square, moments.own))
+    }
+    if shapes - {()}:
+        raise ValueError(
+            "coherence_from_moments: square and own must be trees of scalars, got "
+            f"shapes {sorted(shapes)}; gradient_moments makes them."
+        )
+    moments = jax.tree.map(jnp.asarray, moments)
     weight = moments.weight
     pairs = weight**2 - (moments.weight_square if unbiased else 0)
 

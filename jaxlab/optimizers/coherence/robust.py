@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlab import trees
+from jaxlab._array_checks import check_floating
+from jaxlab._checks import check_count, is_whole
 from jaxlab._norms import wide, zeros_wide
 from jaxlab.curvature._batches import Parts, cut
 from jaxlab.curvature._vectors import space_of
+from jaxlab.optimizers._links import check_alike
 from jaxlab.optimizers.coherence.examples import (
     Loss,
     prepared,
@@ -234,11 +236,7 @@ def running_median(window: int = 3) -> optax.GradientTransformationExtraArgs:
       (1.0, [2.0, 3.0])
     """
     name = "running_median"
-    if not _is_integer(window) or window < 1:
-        raise ValueError(
-            f"{name}: window must be an integer >= 1, got {window!r}; it is static, so "
-            "name it in static_args= of inject_hyperparams."
-        )
+    check_count(name, window=window)
 
     def init(params):
         if jax.tree.leaves(params) or not trees.has_holes(params):
@@ -247,6 +245,10 @@ def running_median(window: int = 3) -> optax.GradientTransformationExtraArgs:
         return RunningMedianState(jnp.zeros((), jnp.int32), recent)
 
     def update(updates, state, params=None, **extra_args):
+        check_floating(name, "updates", updates)
+        updates = jax.tree.map(jnp.asarray, updates)
+        for before in state.recent:
+            check_alike(name, updates, before)
         seen = jnp.minimum(state.count, window - 1) + 1
 
         def median(u, *before):
@@ -299,7 +301,7 @@ def _over_groups(function: Callable[[Any], Any], rows: PyTree, groups: int) -> P
     count = jax.tree.leaves(rows)[0].shape[0]
     size, longer = divmod(count, groups)
     split = longer * (size + 1)
-    stack = lambda x, number: x.reshape(number, -1, *x.shape[1:])
+    stack = lambda x, number: x.reshape(number, len(x) // number, *x.shape[1:])
     found = []
     if longer:
         found.append(function(jax.tree.map(lambda x: stack(x[:split], longer), rows)))
@@ -323,7 +325,7 @@ def _rows_first(name: str, x: ArrayLike, axis: int) -> Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: x must be floating, got {x.dtype}.")
-    if not -x.ndim <= axis < x.ndim or not x.shape[axis]:
+    if not is_whole(axis) or not -x.ndim <= axis < x.ndim or not x.shape[axis]:
         raise ValueError(
             f"{name}: axis must be one of x with at least one entry, got axis={axis} "
             f"for shape {x.shape}."
@@ -346,7 +348,7 @@ def _tail(name: str, k: int | None, percent: int | float | None, rows: int) -> i
             )
         # 32.3 percent of 1,000 are 323, whatever the last bit of the product.
         return min(math.floor(percent * rows / 100 + 1e-9), most)
-    if not _is_integer(k) or not 0 <= k <= most:
+    if not is_whole(k) or not 0 <= k <= most:
         raise ValueError(
             f"{name}: k must be an integer with 0 <= 2 k < {rows}, the number of "
             f"examples, got {k!r}; it is static."
@@ -355,13 +357,9 @@ def _tail(name: str, k: int | None, percent: int | float | None, rows: int) -> i
 
 
 def _check_groups(name: str, groups: int, rows: int) -> int:
-    if not _is_integer(groups) or not 1 <= groups <= rows:
+    if not is_whole(groups) or not 1 <= groups <= rows:
         raise ValueError(
             f"{name}: groups must be an integer from 1 to {rows}, the number of "
             f"examples, got {groups!r}; it is static."
         )
     return int(groups)
-
-
-def _is_integer(number: Any) -> bool:
-    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

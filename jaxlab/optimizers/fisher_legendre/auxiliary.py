@@ -26,10 +26,15 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._checks import check_number
 from jaxlab._norms import safe_norm, unit, wide
 from jaxlab.curvature._options import exact_products
 from jaxlab.optimizers.fisher_legendre.blocks import check_like
-from jaxlab.optimizers.fisher_legendre.factors import InverseFisher, q_apply
+from jaxlab.optimizers.fisher_legendre.factors import (
+    InverseFisher,
+    check_inverse,
+    q_apply,
+)
 
 Normalize = Literal["gradient", "product"] | None
 Operator = Callable[[Any], Any]
@@ -65,6 +70,8 @@ def fishleg_auxiliary_loss(
       >>> float(fishleg_auxiliary_loss(q, u, identity, damping=1.0).round(3))
       -0.25
     """
+    check_number("fishleg_auxiliary_loss", "a number", damping=damping)
+    check_inverse("fishleg_auxiliary_loss", q)
     check_like("fishleg_auxiliary_loss", q.blocks, u, "u")
     with jax.named_scope("fishleg_auxiliary_loss"), exact_products():
         u = unit(u, 0.0) if normalize else jax.tree.map(wide, u)
@@ -115,6 +122,8 @@ def fishleg_auxiliary_gradient(
             f'{name}: normalize must be "gradient", "product" or None, got '
             f"{normalize!r}."
         )
+    check_number(name, "a number", damping=damping)
+    check_inverse(name, q)
     check_like(name, q.blocks, u, "u")
     with jax.named_scope(name), exact_products():
         size = safe_norm(u)

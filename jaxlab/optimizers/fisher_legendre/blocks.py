@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxlab._array_checks import check_arrays
+from jaxlab._checks import check_count
 from jaxlab._norms import wide
 from jaxlab._paths import joined
 
@@ -68,6 +70,8 @@ def blocks_of(
     name: str, params: PyTree, rule: Rule, max_size: int
 ) -> tuple[Block, ...]:
     """Groups the leaves of a tree; holes of masked trees are left out."""
+    check_count(name, max_size=max_size)
+    check_arrays(name, "params", params)
     leaves = _leaves(params)
     if not leaves:
         raise ValueError(f"{name}: params must hold at least one array, got {params}.")
@@ -89,7 +93,8 @@ def gather(blocks: tuple[Block, ...], tree: PyTree) -> dict[str, Array]:
     found = {}
     for block in blocks:
         kernel, *bias = (wide(leaves[path]) for path in block.paths)
-        matrix = kernel.reshape(*block.batch, -1, block.columns)
+        rows = block.rows - len(bias)
+        matrix = kernel.reshape(*block.batch, rows, block.columns)
         if bias:
             matrix = jnp.concatenate([bias[0][..., None, :], matrix], axis=-2)
         found[block.name] = matrix
@@ -107,7 +112,10 @@ def scatter(
             new[block.paths[1]] = matrix[..., 0, :]
             matrix = matrix[..., 1:, :]
         new[block.paths[0]] = matrix
-    put = lambda path, leaf: new[joined(path)].reshape(leaf.shape).astype(leaf.dtype)
+
+    def put(path, leaf):
+        return new[joined(path)].reshape(leaf.shape).astype(jnp.result_type(leaf))
+
     return jax.tree_util.tree_map_with_path(put, like)
 
 
@@ -122,7 +130,15 @@ def check_like(name: str, blocks: tuple[Block, ...], tree: PyTree, what: str) ->
         )
     for block in blocks:
         size = sum(math.prod(found[path]) for path in block.paths)
-        if size != math.prod(block.batch) * block.rows * block.columns:
+        kernel, *bias = (found[path] for path in block.paths)
+        fits = size == math.prod(block.batch) * block.rows * block.columns
+        if block.kind not in ("diagonal", "full"):
+            fits = fits and kernel[-1:] == (block.columns,)
+            fits = fits and kernel[: len(block.batch)] == block.batch
+            fits = fits and all(
+                shape == (*block.batch, block.columns) for shape in bias
+            )
+        if not fits:
             shapes = [found[path] for path in block.paths]
             raise ValueError(
                 f"{name}: {what} at {block.name} must make {block.batch} matrices of "
@@ -268,5 +284,5 @@ def _block(
 
 
 def _cut(length: int, max_size: int) -> Side:
-    count = -(-length // max_size)
+    count = max(1, -(-length // max_size))
     return Side(count, -(-length // count))

@@ -10,7 +10,6 @@ PyTorch code has A o (R^T R (A o U) L L^T) with U transposed: their L is our L^T
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._array_checks import check_floating
+from jaxlab._checks import check_made, check_number
 from jaxlab.curvature.dense import full_matrix
 from jaxlab.optimizers.fisher_legendre.blocks import (
     Block,
@@ -102,10 +103,7 @@ def q_init(
       Array([16., 16.], dtype=float32)
     """
     name = "q_init"
-    if isinstance(scale, (int, float)) and not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{name}: scale must be positive and finite, got {scale}.")
-    if not isinstance(max_size, int) or max_size < 1:
-        raise ValueError(f"{name}: max_size must be an integer >= 1, got {max_size!r}.")
+    check_number(name, "positive and finite", scale=scale)
     blocks = blocks_of(name, params, rule, max_size)
     wide = gather(blocks, jax.tree.map(jnp.zeros_like, params))
     made = {b.name: _initial(b, scale, wide[b.name]) for b in blocks}
@@ -130,7 +128,9 @@ def q_apply(q: InverseFisher, u: PyTree) -> PyTree:
       >>> q_apply(q_init(u, scale=3.0), u)["v"].round(4)
       Array([3., 6.], dtype=float32)
     """
+    check_inverse("q_apply", q)
     check_like("q_apply", q.blocks, u, "u")
+    check_floating("q_apply", "u", u)
     with jax.named_scope("q_apply"):
         matrices = gather(q.blocks, u)
         return scatter(q.blocks, colour(q, whiten(q, matrices)), u)
@@ -155,7 +155,9 @@ def q_diag(q: InverseFisher, like: PyTree) -> PyTree:
       Array([[16., 16.],
              [16., 16.]], dtype=float32)
     """
+    check_inverse("q_diag", q)
     check_like("q_diag", q.blocks, like, "like")
+    check_floating("q_diag", "like", like)
     found = {}
     for block in q.blocks:
         factors = q.factors[block.name]
@@ -189,7 +191,24 @@ def q_dense(q: InverseFisher, like: PyTree) -> Float[Array, "p p"]:
       Array([[4., 0.],
              [0., 4.]], dtype=float32)
     """
+    check_inverse("q_dense", q)
+    check_like("q_dense", q.blocks, like, "like")
     return full_matrix(jax.tree_util.Partial(q_apply, q), like)
+
+
+def check_inverse(name: str, q: InverseFisher) -> None:
+    """Refuses what q_init did not make, and factors that do not fit the blocks."""
+    check_made(name, "q", q, InverseFisher, "q_init")
+    check_floating(name, "q", q)
+    for block in q.blocks:
+        scale = (*block.batch, block.rows, block.columns)
+        needed = [*(_shape(block, s) for s in (block.left, block.right)), scale]
+        found = [None if f is None else jnp.shape(f) for f in q.factors[block.name]]
+        if any(f not in (None, n) for f, n in zip(found, needed, strict=True)):
+            raise ValueError(
+                f"{name}: the factors of q at {block.name} must have the shapes "
+                f"{needed}, got {found}; q_init makes them."
+            )
 
 
 def check_group(name: str, q: InverseFisher) -> None:
@@ -223,6 +242,13 @@ def colour(q: InverseFisher, matrices: dict[str, Array]) -> dict[str, Array]:
         u = from_right(block.right, transposed(block.right, right), u)
         found[block.name] = u if scale is None else scale * u
     return found
+
+
+def _shape(block: Block, side: Side | None) -> tuple[int, ...] | None:
+    if side is None:
+        return None
+    each = (side.size,) if side.diagonal else (side.count, side.size, side.size)
+    return (*block.batch, *each)
 
 
 def transposed(side: Side | None, factor: Array | None) -> Array | None:

@@ -21,7 +21,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxlab._norms import all_finite
+from jaxlab._checks import check_count, check_number, check_sequence
+from jaxlab._norms import all_finite, wide
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._options import as_pytree, exact_products
 from jaxlab.curvature._vectors import is_host, prepared
@@ -114,6 +115,7 @@ def fishleg_warm_start(
         return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, q), gradient
 
     q, gradient, number = found[0].q, None, -1
+    check_sequence(name, "batches", batches, "batches")
     for number, batch in enumerate(batches):
         ours = jax.random.fold_in(key, number)
         q, gradient = step(ours, q, gradient, params, model_state, batch)
@@ -203,11 +205,9 @@ def inverse_fisher(
              [0., 1.]], dtype=float32)
     """
     name = "inverse_fisher"
-    if isinstance(damping, (int, float)) and not 0 < damping < float("inf"):
-        raise ValueError(f"{name}: damping must be > 0 and finite, got {damping}.")
-    for word, count in (("white_directions", white_directions), ("probes", num_probes)):
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name}: {word} must be an integer >= 1, got {count!r}.")
+    check_number(name, "> 0 and finite", damping=damping)
+    check_number(name, "a number", tol=tol, max_steps=max_steps)
+    check_count(name, white_directions=white_directions, probes=num_probes)
     if is_host(fisher_vp):
         raise ValueError(
             f"{name}: the operator streams its data from the host; give one on data "
@@ -266,7 +266,9 @@ _fitted = jax.jit(_fit, static_argnames=("white_directions", "num_probes"))
 
 def _efficiency(key, operator, q, like, damping):
     vector = optax.tree.random_like(key, like, jax.random.normal)
-    damped = lambda v: jax.tree.map(lambda f, x: f + damping * x, operator(v), v)
+    vector = jax.tree.map(wide, vector)
+    shifted = lambda f, x: (f + damping * x).astype(x.dtype)
+    damped = lambda v: jax.tree.map(shifted, operator(v), v)
     exact, _ = jax.scipy.sparse.linalg.cg(damped, vector, tol=1e-5, maxiter=1000)
     direction = q_apply(q, vector)
     along = optax.tree.vdot(vector, direction)

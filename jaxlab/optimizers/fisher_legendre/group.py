@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count, check_flag, check_number
 from jaxlab.curvature._options import exact_products
 from jaxlab.optimizers.fisher_legendre.blocks import (
     Block,
@@ -47,6 +48,7 @@ from jaxlab.optimizers.fisher_legendre.factors import (
     Factors,
     InverseFisher,
     check_group,
+    check_inverse,
     colour,
     split,
     whiten,
@@ -112,7 +114,10 @@ def fishleg_group_step(
         raise ValueError(f"{name}: white_directions={white_directions} needs a key.")
     if not gradients and like is None:
         raise ValueError(f"{name}: without gradients give like=, a tree like params.")
-    check_combine(name, combine)
+    check_count(name, least=0, white_directions=white_directions)
+    check_number(name, "a number", damping=damping, step=step)
+    check_flag(name, combine=combine)
+    check_inverse(name, q)
     check_group(name, q)
     for gradient in gradients:
         check_like(name, q.blocks, gradient, "a gradient")
@@ -137,12 +142,6 @@ def fishleg_group_step(
             sizes += jnp.sum(ours**2)
         error = errors / jnp.maximum(sizes, jnp.finfo(jnp.float32).tiny)
         return InverseFisher(factors, q.blocks), error.astype(jnp.float32)
-
-
-def check_combine(name: str, combine: Any) -> None:
-    """Refuses what is neither True nor False: it is static."""
-    if not isinstance(combine, bool):
-        raise ValueError(f"{name}: combine must be True or False, got {combine!r}.")
 
 
 def _shapes(tree: PyTree) -> PyTree:

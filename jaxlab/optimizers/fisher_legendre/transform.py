@@ -27,11 +27,13 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxlab._array_checks import check_floating
 from jaxlab._chains import Place
+from jaxlab._checks import check_count, check_flag, check_number
 from jaxlab._norms import all_finite, inner, wide, zeros_wide
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.curvature._options import exact_products
-from jaxlab.optimizers._links import DROPPED
+from jaxlab.optimizers._links import DROPPED, check_alike
 from jaxlab.optimizers.fisher_legendre.auxiliary import (
     Normalize,
     fishleg_auxiliary_gradient,
@@ -44,7 +46,7 @@ from jaxlab.optimizers.fisher_legendre.factors import (
     q_init,
     whiten,
 )
-from jaxlab.optimizers.fisher_legendre.group import check_combine, fishleg_group_step
+from jaxlab.optimizers.fisher_legendre.group import fishleg_group_step
 
 _GROWTH = 4.0  # of the decrease of the model, over the largest of late
 _FADING = 0.9  # of the largest of late, in a step
@@ -189,6 +191,7 @@ def scale_by_fishleg(
     """
     name = "scale_by_fishleg"
     group = aux_mode == "group"
+    check_number(name, "a number", pre_aux_steps=pre_aux_steps)
     _check_options(
         name,
         aux_mode=aux_mode,
@@ -202,7 +205,7 @@ def scale_by_fishleg(
     if not group and combine is not None:
         raise ValueError(f'{name}: combine belongs to aux_mode="group".')
     combine = True if combine is None else combine
-    check_combine(name, combine)
+    check_flag(name, combine=combine)
     if group and (aux_optimizer is not None or precondition):
         raise ValueError(
             f'{name}: aux_optimizer and precondition belong to aux_mode="adam".'
@@ -242,6 +245,8 @@ def scale_by_fishleg(
     ):
         _check_arguments(name, params, fisher_vp, key, white_directions)
         check_like(name, state.q.blocks, updates, "updates")
+        check_alike(name, updates, params)
+        check_floating(name, "updates", updates)
         if adaptive and (value is None or value_fn is None):
             raise ValueError(
                 f"{name}: damping=LevenbergMarquardt() needs value= and value_fn= in "
@@ -536,7 +541,6 @@ def _check_options(
     white_directions,
     init_scale,
 ) -> None:
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
     if aux_mode not in ("group", "adam"):
         raise ValueError(
             f'{name}: aux_mode must be "group" or "adam", got {aux_mode!r}.'
@@ -551,21 +555,15 @@ def _check_options(
                 f"{name}: LevenbergMarquardt needs initial > 0, 0 < factor < 1 and "
                 f"floor >= 0, got {damping}."
             )
-    elif number(damping) and not 0 < damping < float("inf"):
-        raise ValueError(f"{name}: damping must be > 0 and finite, got {damping}.")
-    if number(aux_step) and not 0 < aux_step < 1:
-        raise ValueError(f"{name}: aux_step must be in (0, 1), got {aux_step}.")
-    if number(init_scale) and not 0 < init_scale < float("inf"):
-        raise ValueError(
-            f"{name}: init_scale must be > 0 and finite, got {init_scale}."
-        )
-    for word, count in (
-        ("gradient_directions", gradient_directions),
-        ("white_directions", white_directions),
-    ):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ValueError(
-                f"{name}: {word} must be an integer >= 0, got {count!r}; it is static."
-            )
+    else:
+        check_number(name, "> 0 and finite", schedule=True, damping=damping)
+    check_number(name, "in (0, 1)", optional=True, schedule=True, aux_step=aux_step)
+    check_number(name, "> 0 and finite", optional=True, init_scale=init_scale)
+    check_count(
+        name,
+        least=0,
+        gradient_directions=gradient_directions,
+        white_directions=white_directions,
+    )
     if not gradient_directions and not white_directions:
         raise ValueError(f"{name}: Q needs at least one direction to be fitted to.")

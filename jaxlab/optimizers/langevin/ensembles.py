@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from jaxlab._checks import check_count
 from jaxlab._norms import wide
 from jaxlab.likelihoods import Likelihood, row_shares
 
@@ -223,8 +224,7 @@ def calibration_error(
       Array(0.5, dtype=float32)
     """
     name = "calibration_error"
-    if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
-        raise ValueError(f"{name}: bins must be an integer >= 1, got {bins!r}.")
+    check_count(name, bins=bins)
     log_probs, targets = wide(log_probs), jnp.asarray(targets)
     if targets.shape != log_probs.shape[:-1] or not log_probs.ndim:
         raise ValueError(

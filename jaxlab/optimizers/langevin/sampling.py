@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import is_whole
 from jaxlab._norms import wide
 from jaxlab.curvature._batches import as_arrays, rows_of
 from jaxlab.optimizers.gradient_noise import (
@@ -18,7 +19,7 @@ from jaxlab.optimizers.gradient_noise import (
     _check_key,
     _check_tree,
 )
-from jaxlab.optimizers.langevin.sgld import _is_integer, sgld
+from jaxlab.optimizers.langevin.sgld import sgld
 
 _MOST = 100  # samples kept where the user does not say
 
@@ -152,7 +153,7 @@ def sgld_sample(
     _check_key(name, key)
     rows = rows_of(name, data)
     data = as_arrays(data)
-    if not _is_integer(batch_size) or batch_size < 1:
+    if not is_whole(batch_size) or batch_size < 1:
         raise ValueError(
             f"{name}: batch_size must be an integer >= 1, got {batch_size!r}."
         )
@@ -199,17 +200,17 @@ def _run(name, key, slope, params, link, plan) -> Chain:
 
 def _plan(name, steps, burn_in, thin) -> tuple[int, int, int]:
     """Gives the steps that are dropped first, those per sample, and the samples."""
-    if not _is_integer(steps) or steps < 1:
+    if not is_whole(steps) or steps < 1:
         raise ValueError(f"{name}: steps must be an integer >= 1, got {steps!r}.")
     burn_in = steps // 2 if burn_in is None else burn_in
-    if not _is_integer(burn_in) or not 0 <= burn_in < steps:
+    if not is_whole(burn_in) or not 0 <= burn_in < steps:
         raise ValueError(
             f"{name}: burn_in must be an integer with 0 <= burn_in < {steps}, the "
             f"steps, got {burn_in!r}."
         )
     rest = steps - burn_in
     thin = -(-rest // _MOST) if thin is None else thin
-    if not _is_integer(thin) or not 1 <= thin <= rest:
+    if not is_whole(thin) or not 1 <= thin <= rest:
         raise ValueError(
             f"{name}: thin must be an integer from 1 to {rest}, the steps after the "
             f"burn-in, got {thin!r}."

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab._chains import Place
-from jaxlab._norms import wide, zeros_wide
+from jaxlab._checks import check_number, is_whole
+from jaxlab._norms import cast_like, wide, zeros_wide
 from jaxlab.optimizers._links import DROPPED, check_alike
 from jaxlab.optimizers.gradient_noise import (
     ScalarOrSchedule,
@@ -53,14 +53,9 @@ def sgld_step_size(
     """
     name = "sgld_step_size"
     _check_numbers(name, scale=scale, offset=offset, power=power)
-    for word, number in (("scale", scale), ("offset", offset)):
-        if isinstance(number, (int, float)) and not number > 0:
-            raise ValueError(f"{name}: {word} must be > 0, got {number}.")
-    if isinstance(power, (int, float)) and not 0.5 < power <= 1:
-        raise ValueError(
-            f"{name}: power must be in (0.5, 1], got {power}; for a constant step give "
-            "the number itself in place of a schedule."
-        )
+    check_number(name, "> 0", scale=scale, offset=offset)
+    hint = "; for a constant step give the number itself in place of a schedule"
+    check_number(name, "in (0.5, 1]", hint=hint, power=power)
 
     def step_size(step):
         base = wide(offset) + jnp.asarray(step).astype(jnp.result_type(float))
@@ -172,7 +167,7 @@ def sgld(
             drift = jax.tree.map(lambda s: -(h / 2).astype(s.dtype) * s, slope)
             variance = h * _at(temperature, count)
             moved = add_gradient_noise(now, drift, variance=variance)
-            moved = optax.tree.cast_like(moved, updates)
+            moved = cast_like(moved, updates)
         return moved, state._replace(count=optax.safe_increment(count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -255,7 +250,7 @@ def psgld(
             still = jax.tree.map(jnp.zeros_like, slope)
             noise = add_gradient_noise(now, still, variance=1.0)
             moved = jax.tree.map(scaled, slope, square, noise)
-            moved = optax.tree.cast_like(moved, updates)
+            moved = cast_like(moved, updates)
         return moved, PSGLDState(optax.safe_increment(count), state.key, square)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -309,7 +304,7 @@ def _check_settings(name, step_size, num_data, temperature, prior_precision, key
         temperature=temperature,
         prior_precision=prior_precision,
     )
-    if not _is_integer(num_data) or num_data < 1:
+    if not is_whole(num_data) or num_data < 1:
         raise ValueError(
             f"{name}: num_data must be the number of examples in the data set, an "
             f"integer >= 1, got {num_data!r}; it is static, so name it in static_args= "
@@ -317,10 +312,6 @@ def _check_settings(name, step_size, num_data, temperature, prior_precision, key
         )
     if key is not None:
         _check_key(name, key)
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _is_number(value) -> bool:

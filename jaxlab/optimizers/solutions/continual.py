@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab._norms import wide
 from jaxlab.curvature._batches import as_arrays, check_alike, rows_of
 from jaxlab.optimizers.gradient_noise import _check_key
-from jaxlab.optimizers.solutions.stopping import Step, batch_of, check_counts, strong
+from jaxlab.optimizers.solutions.stopping import Step, batch_of, checked_step, strong
 
 Scalar = Float[Array, ""]
 
@@ -89,7 +90,7 @@ def continual_run(
     """
     name = "continual_run"
     _check_key(name, key)
-    check_counts(name, steps=steps, batch_size=batch_size)
+    check_count(name, steps=steps, batch_size=batch_size)
     tests = tasks if test_tasks is None else test_tasks
     for word, given in (("tasks", tasks), ("test_tasks", tests)):
         if not isinstance(given, (list, tuple)) or not given:
@@ -114,13 +115,22 @@ def continual_run(
     rows = rows_of(name, tasks[0])
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *map(as_arrays, trees))
     tasks, tests = stack(tasks), stack(tests)
+    step = checked_step(name, step)
+
+    def accuracy_of(state, test):
+        found = wide(accuracy_fn(state, test))
+        if found.shape:
+            raise ValueError(
+                f"{name}: accuracy_fn must give a scalar, got shape {found.shape}."
+            )
+        return found
 
     def learn(carry, now):
         index, data = now
         mine = jax.random.fold_in(key, index)
-        one = lambda i, s: step(s, batch_of(mine, i, data, rows, batch_size))[0]
+        one = lambda i, s: step(s, batch_of(mine, i, data, rows, batch_size))
         state = jax.lax.fori_loop(0, steps, one, carry)
-        found = jax.lax.map(lambda test: wide(accuracy_fn(state, test)), tests)
+        found = jax.lax.map(lambda test: accuracy_of(state, test), tests)
         return state, (found, state)
 
     with jax.named_scope(name):

@@ -7,11 +7,11 @@ value decomposition per matrix, in float32 at least.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from jaxlab._checks import check_count, is_whole
 from jaxlab._norms import wide
 from jaxlab.curvature._options import exact_products
 
@@ -160,7 +160,7 @@ def feature_overlap(
     one, two = (_matrix(name, x, w) for x, w in ((one, "one"), (two, "two")))
     _check_same(name, "columns", one.shape[1], two.shape[1])
     most = min(*one.shape, *two.shape)
-    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or not 0 < k <= most:
+    if not is_whole(k) or not 0 < k <= most:
         raise ValueError(
             f"{name}: k must be an integer from 1 to {most}, the smallest number of "
             f"rows or columns, got {k!r}."
@@ -200,11 +200,7 @@ def class_similarity(
     """
     name = "class_similarity"
     x, labels = _matrix(name, features, "features"), jnp.asarray(labels)
-    whole = isinstance(num_classes, (int, np.integer))
-    if not whole or isinstance(num_classes, bool) or num_classes < 2:
-        raise ValueError(
-            f"{name}: num_classes must be an integer >= 2, got {num_classes!r}."
-        )
+    check_count(name, least=2, num_classes=num_classes)
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
     if labels.shape != x.shape[:1] or not integers:
         raise ValueError(

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
 from jaxlab.likelihoods import row_shares
@@ -67,8 +67,7 @@ def interpolation_barrier(
       Array(1., dtype=float32)
     """
     name = "interpolation_barrier"
-    if not isinstance(points, (int, np.integer)) or points < 3:
-        raise ValueError(f"{name}: points must be an integer >= 3, got {points!r}.")
+    check_count(name, least=3, points=points)
     spaces = [space_of(name, tree, w) for tree, w in ((start, "start"), (end, "end"))]
     (one, two), shapes = spaces, [(space.structure, space.shapes) for space in spaces]
     if shapes[0] != shapes[1]:
@@ -187,8 +186,7 @@ def near_zero_fraction(tree: PyTree, *, tolerance: ArrayLike = 1e-2) -> Scalar:
       Array(0.5, dtype=float32)
     """
     name = "near_zero_fraction"
-    if isinstance(tolerance, (int, float)) and not tolerance >= 0:
-        raise ValueError(f"{name}: tolerance must be >= 0, got {tolerance}.")
+    check_number(name, ">= 0", tolerance=tolerance)
     sizes = _sizes(name, tree)
     with jax.named_scope(name):
         most = jnp.max(sizes) * wide(tolerance).astype(sizes.dtype)

@@ -11,7 +11,9 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from jaxlab._array_checks import check_floating
 from jaxlab._chains import Place
+from jaxlab._checks import check_number
 from jaxlab._norms import wide
 from jaxlab.curvature._vectors import space_of
 from jaxlab.optimizers._links import check_alike
@@ -115,6 +117,7 @@ def scale_by_power(alpha: ArrayLike) -> optax.GradientTransformationExtraArgs:
             )
         check_alike(name, updates, params)
         a = _checked(name, params, alpha)
+        check_floating(name, "updates", updates)
 
         def scaled(g, p):
             size, power = jnp.abs(wide(p)), 2 * (a - 1) / a
@@ -140,10 +143,4 @@ def _checked(name, params, alpha):
 
 
 def _check_alpha(name, alpha):
-    plain = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if plain and not 1 <= alpha < float("inf"):
-        raise ValueError(f"{name}: alpha must be finite and >= 1, got {alpha}.")
-    if jnp.shape(alpha):
-        raise ValueError(
-            f"{name}: alpha must be a scalar, got shape {jnp.shape(alpha)}."
-        )
+    check_number(name, "finite and >= 1", alpha=alpha)

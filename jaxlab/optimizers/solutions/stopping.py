@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from jaxlab._checks import check_count, check_number
 from jaxlab._norms import wide
 from jaxlab.curvature._batches import as_arrays, rows_of
 from jaxlab.optimizers.gradient_noise import _check_key
@@ -95,11 +95,12 @@ def train_to_loss(
     """
     name = "train_to_loss"
     _check_key(name, key)
-    check_counts(
+    check_count(
         name, max_steps=max_steps, batch_size=batch_size, check_every=check_every
     )
     rows, data = rows_of(name, data), as_arrays(data)
-    state = strong(state)
+    check_number(name, "a number", target=target)
+    state, step = strong(state), checked_step(name, step)
 
     def goes_on(carry):
         _, loss, count = carry
@@ -108,7 +109,7 @@ def train_to_loss(
     def some(carry):
         state, _, count = carry
         stop = jnp.minimum(count + check_every, max_steps)
-        one = lambda i, s: step(s, batch_of(key, i, data, rows, batch_size))[0]
+        one = lambda i, s: step(s, batch_of(key, i, data, rows, batch_size))
         state = jax.lax.fori_loop(count, stop, one, state)
         return state, loss_of(state), stop
 
@@ -127,6 +128,26 @@ def train_to_loss(
     return TrainedToLoss(state, loss, count, loss <= wide(target))
 
 
+def checked_step(name, step):
+    """Wraps a step whose state must come back as it went in."""
+
+    def checked(state, batch):
+        new = step(state, batch)[0]
+        kinds = lambda tree: [
+            f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+            for leaf in jax.tree.leaves(tree)
+        ]
+        here, there = jax.tree.structure(state), jax.tree.structure(new)
+        if here != there or kinds(state) != kinds(new):
+            raise ValueError(
+                f"{name}: step must give back a state like the one it takes, "
+                f"{here} of {kinds(state)}, got {there} of {kinds(new)}."
+            )
+        return new
+
+    return checked
+
+
 def batch_of(key, step, data, rows, size):
     """Draws the rows of a step; the key and the step decide them."""
     chosen = jax.random.randint(jax.random.fold_in(key, step), (size,), 0, rows)
@@ -139,11 +160,3 @@ def strong(tree):
     return jax.tree.map(
         lambda x: jnp.asarray(x, jnp.result_type(x)) if plain(x) else x, tree
     )
-
-
-def check_counts(name, **counts):
-    """Refuses what is no integer >= 1."""
-    for word, count in counts.items():
-        whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-        if not whole or count < 1:
-            raise ValueError(f"{name}: {word} must be an integer >= 1, got {count!r}.")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
+from jaxlab._checks import check_sequence
 from jaxlab.structured.monarch.multiply import _promote
 
 
@@ -102,6 +103,7 @@ def _check(
     name: str, factors: Sequence[ArrayLike], **others: ArrayLike
 ) -> tuple[list[Array], jnp.dtype]:
     """Promotes all arrays and refuses factors that do not fit together."""
+    check_sequence(name, "factors", factors, "arrays")
     if len(factors) < 2:
         raise ValueError(
             f"{name}: factors must be a sequence of at least two arrays, got "

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Inexact
 
+from jaxlab._checks import check_count, check_number
 from jaxlab.structured.monarch.multiply import (
     MonarchFactors,
     _promote,
@@ -86,12 +87,8 @@ def monarch_project_data(
             f"{name}: the matrix must have shape (outputs, inputs) and inputs shape "
             f"(rows, inputs), got {matrix.shape} and {inputs.shape}."
         )
-    if num_iterations < 0:
-        raise ValueError(
-            f"{name}: num_iterations must be at least 0, got {num_iterations}."
-        )
-    if isinstance(ridge, int | float) and not ridge > 0:
-        raise ValueError(f"{name}: ridge must be positive, got {ridge}.")
+    check_count(name, least=0, num_iterations=num_iterations)
+    check_number(name, "positive", ridge=ridge)
     wide = jnp.promote_types(dtype, jnp.float32)
     with jax.named_scope(name):
         matrix = jax.lax.stop_gradient(matrix).astype(wide)

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
+from jaxlab._checks import check_flag
 from jaxlab.structured.monarch import _forms
 from jaxlab.structured.monarch.multiply import (
     _check_factors,
@@ -95,6 +96,7 @@ def monarch_matmul_fused(
       Array([256., 256., 256.], dtype=float32)
     """
     name = "monarch_matmul_fused"
+    check_flag(name, interpret=interpret)
     (x, w1, w2), dtype = _promote(name, x=x, w1=w1, w2=w2)
     _check_factors(name, w1, w2)
     _check_width(name, x, w1, "first")

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
+from jaxlab._checks import are_sizes, is_whole
 from jaxlab.structured.monarch.multiply import MonarchFactors
 
 _SCHEMES = ("variance_preserving", "official", "mup")
@@ -161,13 +162,13 @@ def _shapes(
 def _check_sizes(
     name: str, in_features: int, out_features: int, nblocks: int, rank: int | None
 ) -> None:
-    if min(in_features, out_features, nblocks) < 1:
+    if not are_sizes((in_features, out_features, nblocks)):
         raise ValueError(
             f"{name}: in_features, out_features and nblocks must be at least 1, "
-            f"got {in_features}, {out_features} and nblocks={nblocks}."
+            f"integers, got {in_features!r}, {out_features!r} and nblocks={nblocks!r}."
         )
     full = -(-min(in_features, out_features) // nblocks)
-    if rank is not None and not 1 <= rank <= full:
+    if rank is not None and not (is_whole(rank) and 1 <= rank <= full):
         raise ValueError(
             f"{name}: rank must be from 1 to min(ceil(in_features / nblocks), "
             f"ceil(out_features / nblocks)) = {full}, got rank={rank} for "

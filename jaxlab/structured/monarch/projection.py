@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Inexact
 
+from jaxlab._checks import is_whole
 from jaxlab.structured.monarch.multiply import MonarchFactors
 
 
@@ -145,17 +146,17 @@ def _sizes(
         ("nblocks_in", nblocks_in, n, "columns"),
         ("nblocks_out", nblocks_out, m, "rows"),
     ):
-        if blocks < 1 or side % blocks:
+        if not is_whole(blocks) or blocks < 1 or side % blocks:
             raise ValueError(
                 f"{name}: {key} must be at least 1 and divide the number of {letter}, "
-                f"got {key}={blocks} for a matrix of shape {matrix.shape}; choose a "
+                f"got {key}={blocks!r} for a matrix of shape {matrix.shape}; choose a "
                 "divisor or pad the matrix with zeros."
             )
     s, p = m // nblocks_out, n // nblocks_in
-    if not 1 <= rank <= min(s, p):
+    if not is_whole(rank) or not 1 <= rank <= min(s, p):
         raise ValueError(
             f"{name}: rank must be from 1 to min(m / nblocks_out, n / nblocks_in) = "
-            f"min({s}, {p}) = {min(s, p)}, got rank={rank}; use fewer blocks for a "
+            f"min({s}, {p}) = {min(s, p)}, got rank={rank!r}; use fewer blocks for a "
             "higher rank."
         )
     return nblocks_in, nblocks_out, s, p

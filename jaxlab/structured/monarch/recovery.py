@@ -35,6 +35,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float, Inexact
 
+from jaxlab._array_checks import check_fields
+from jaxlab._checks import is_whole
 from jaxlab.structured.monarch.multiply import _promote
 
 _NEWTON_STEPS = 3
@@ -107,10 +109,10 @@ def factor_mmstar(matrix: Inexact[ArrayLike, "n n"], *, block: int) -> MMStarFac
             "factor_mmstar: the matrix must be square, got shape "
             f"{matrix.shape}; map over further axes with jax.vmap."
         )
-    if block < 1 or n % block:
+    if not is_whole(block) or block < 1 or n % block:
         raise ValueError(
             "factor_mmstar: block must be at least 1 and divide the size of the "
-            f"matrix, got block={block} for a matrix of shape {matrix.shape}."
+            f"matrix, got block={block!r} for a matrix of shape {matrix.shape}."
         )
     with jax.named_scope("factor_mmstar"):
         matrix = jax.lax.stop_gradient(matrix)
@@ -161,6 +163,9 @@ def mmstar_matmul(
       >>> mmstar_matmul(jnp.array([0.0, 3.0, 0.0, 0.0]), factors).real.round(5)
       Array([0., 3., 6., 0.], dtype=float32)
     """
+    factors = check_fields(
+        "mmstar_matmul", "factors", factors, MMStarFactors, "factor_mmstar", residual=""
+    )
     (x, l1, r, l2), dtype = _promote(
         "mmstar_matmul", x=x, l1=factors.l1, r=factors.r, l2=factors.l2
     )
@@ -203,6 +208,14 @@ def mmstar_to_dense(factors: MMStarFactors) -> Inexact[Array, "n n"]:
              [0., 2., 1., 0.],
              [0., 0., 2., 1.]], dtype=float32)
     """
+    factors = check_fields(
+        "mmstar_to_dense",
+        "factors",
+        factors,
+        MMStarFactors,
+        "factor_mmstar",
+        residual="",
+    )
     l1, r, l2 = factors.l1, factors.r, factors.l2
     (l1, r, l2), dtype = _promote("mmstar_to_dense", l1=l1, r=r, l2=l2)
     t, b = _check_mmstar("mmstar_to_dense", l1, r, l2)

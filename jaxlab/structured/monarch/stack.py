@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
+from jaxlab._checks import check_sequence
 from jaxlab.structured.monarch import _forms
 from jaxlab.structured.monarch.multiply import (
     MonarchFactors,
@@ -100,6 +101,7 @@ def fold_monarch_stack(
     """
     name = "fold_monarch_stack"
     mixed = _is_interleaved(name, order, "order")
+    check_sequence(name, "factors", factors, "pairs (w1, w2)")
     pairs = [_pair(name, i, pair) for i, pair in enumerate(factors)]
     if not pairs:
         raise ValueError(f"{name}: factors must hold at least one pair (w1, w2).")

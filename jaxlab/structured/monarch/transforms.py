@@ -29,6 +29,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Complex, Inexact, Int
 
+from jaxlab._checks import are_sizes, is_whole
 from jaxlab.structured.monarch.multiply import MonarchFactors, _promote
 from jaxlab.structured.monarch.recovery import MMStarFactors
 
@@ -114,10 +115,10 @@ def dft_chain_factors(
       >>> [factor.shape for factor in factors]
       [(4, 2, 2), (4, 2, 2), (4, 2, 2)]
     """
-    if len(radices) < 2 or min(radices) < 1:
+    if not are_sizes(radices) or len(radices) < 2:
         raise ValueError(
             "dft_chain_factors: radices must be at least two sizes, each at least 1, "
-            f"got {tuple(radices)}."
+            f"got {radices!r}."
         )
     dtype = _check_complex("dft_chain_factors", dtype)
     return _dft(tuple(radices), inverse, dtype)
@@ -149,7 +150,7 @@ def hadamard_factors(
              [ 1.,  1., -1., -1.],
              [ 1., -1., -1.,  1.]], dtype=float32)
     """
-    if n < 1 or n & (n - 1):
+    if not is_whole(n) or n < 1 or n & (n - 1):
         raise ValueError(f"hadamard_factors: n must be a power of two, got {n}.")
     _check_blocks("hadamard_factors", n, nblocks)
     dtype = jnp.dtype(dtype)
@@ -237,10 +238,10 @@ def circulant_factors(
         block = min(
             (b for b in range(1, n + 1) if n % b == 0), key=lambda b: b + 2 * n // b
         )
-    if block < 1 or n % block:
+    if not is_whole(block) or block < 1 or n % block:
         raise ValueError(
             "circulant_factors: block must be at least 1 and divide the size of the "
-            f"column, got block={block} for {n} entries."
+            f"column, got block={block!r} for {n} entries."
         )
     with jax.named_scope("circulant_factors"):
         dtype = jnp.promote_types(dtype, jnp.complex64)
@@ -278,10 +279,10 @@ def _hadamard(n: int) -> np.ndarray:
 
 
 def _check_blocks(name: str, n: int, nblocks: int) -> None:
-    if n < 1 or nblocks < 1 or n % nblocks:
+    if not are_sizes((n, nblocks)) or n % nblocks:
         raise ValueError(
             f"{name}: n and nblocks must be at least 1 and nblocks divide n, got "
-            f"n={n} and nblocks={nblocks}."
+            f"n={n!r} and nblocks={nblocks!r}."
         )
 
 
