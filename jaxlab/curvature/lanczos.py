@@ -268,10 +268,11 @@ def ritz_vectors(
             f"{name}: indices must be places among {steps} Ritz values, one at least, "
             f"got {indices}."
         )
-    operator, chosen = driven(name, operator, space, driver, traced=traced)
-    space = laid_out(space, start)
+    cut = laid_out(space, start)
     if result.basis is not None and not traced:
-        _check_first(name, result.basis, start, space)
+        _check_first(name, result.basis, start, cut)
+    operator, chosen = driven(name, operator, space, driver, traced=traced)
+    space = cut
     with jax.named_scope(name), exact_products():
         if chosen == "compiled":
             arguments = operator, start, result
