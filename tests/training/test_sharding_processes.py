@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "training" / "workers" / "composed.py"
 COMPOSED = runpy.run_path(str(WORKER))
 FAST, COMPOSITION = "gentle adamw", "gentle gnp + fishleg"
+# Eight devices that wait for each other in turn on two cores take minutes.
+pytestmark = pytest.mark.soak
 EPOCHS = list(range(1, COMPOSED["EPOCHS"] + 1))
 LIMIT = 900  # seconds until a process that hangs is killed
 
@@ -111,16 +113,12 @@ def runs(tmp_path_factory):
     return run
 
 
-NAMES = [FAST, pytest.param(COMPOSITION, marks=pytest.mark.soak)]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [FAST, COMPOSITION])
 def test_two_processes_end_where_one_device_does(runs, name):
     state = COMPOSED["train"](name=name).state
     assert _away(runs(name), state) <= 1e-5
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("name", [FAST, COMPOSITION])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_changes_nothing(runs, tmp_path, name, victim):
