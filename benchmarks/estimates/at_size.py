@@ -437,7 +437,7 @@ def draw(records: list[Record]) -> Figure:
     """Draws weak scaling, strong scaling, and memory of a chip."""
     from benchmarks import plots
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
     weak, strong, memory = figure.subplots(1, 3)
     groups: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in _ordered(_compiled(records)):
@@ -473,8 +473,8 @@ def draw(records: list[Record]) -> Figure:
     memory.axhline(MEMORY / 1e9, color="0.4", linestyle=":")
     for axes, ylabel, title in (
         (weak, "thousand tokens a second, a chip", "weak: 4 sequences a chip"),
-        (strong, "ms a step", f"strong: {STRONG} sequences (dotted: ideal)"),
-        (memory, "GB of a chip", "peak memory, weak (dotted: a chip's)"),
+        (strong, "ms a step", f"strong: {STRONG} in all (dotted: ideal)"),
+        (memory, "GB of a chip", "weak, peak memory (dotted: a chip's)"),
     ):
         axes.set(xlabel="chips", ylabel=ylabel, title=title)
         axes.set_xscale("log", base=2)
