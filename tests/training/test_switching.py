@@ -155,8 +155,8 @@ def test_reverse_sparsification_is_its_parts():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"epochs": 1}, "at least 2 epochs"),
-        ({"epochs": 4, "dense_fraction": 1.0}, r"dense_fraction in \(0, 1\)"),
+        ({"epochs": 1}, "epochs must be an integer >= 2"),
+        ({"epochs": 4, "dense_fraction": 1.0}, r"dense_fraction must be in \(0, 1\)"),
         ({"epochs": 4, "checkpoint_dir": "x"}, "belong to one part"),
     ],
 )
