@@ -22,7 +22,7 @@ from jaxlab.sharpness import LoRAPair
 pytestmark = pytest.mark.untyped
 
 NUMBERS = (2, 0.5, np.float32(0.5), np.array(0.5), jnp.array(0.5), jnp.int32(2))
-NONE = (None, "text", True, 1j, jnp.ones(1), np.ones(2), jnp.array(True), object())
+NONE = (None, "text", True, 1j, jnp.ones(1), np.ones(2), jnp.array(True), Ellipsis)
 
 
 @pytest.mark.parametrize("number", [*NUMBERS, ml_dtypes.bfloat16(0.5)], ids=repr)
