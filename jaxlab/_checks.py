@@ -15,26 +15,18 @@ import numpy as np
 # What a number may be asked to be: the words of the message, and their meaning, which
 # is false of NaN.
 _NEEDS: dict[str, Callable[[Any], bool]] = {
-    "> 0": lambda x: 0 < x < math.inf,
-    ">= 0": lambda x: x >= 0,
-    ">= 0 and finite": lambda x: 0 <= x < math.inf,
     "a number": lambda x: True,
-    "a number >= 0": lambda x: x >= 0,
-    "above 0 and below 1": lambda x: 0 < x < 1,
-    "above 0 and below inf": lambda x: 0 < x < math.inf,
-    "at least 1": lambda x: 1 <= x < math.inf,
-    "at least 8": lambda x: 8 <= x < math.inf,
     "finite": lambda x: -math.inf < x < math.inf,
-    "> 0 and finite": lambda x: 0 < x < math.inf,
-    "finite and >= 1": lambda x: 1 <= x < math.inf,
-    "in (0.5, 1]": lambda x: 0.5 < x <= 1,
-    "in (0, 1)": lambda x: 0 < x < 1,
+    ">= 0": lambda x: x >= 0,
     "finite and >= 0": lambda x: 0 <= x < math.inf,
+    "finite and > 0": lambda x: 0 < x < math.inf,
+    "finite and >= 1": lambda x: 1 <= x < math.inf,
+    "finite and >= 8": lambda x: 8 <= x < math.inf,
+    "in (0, 1)": lambda x: 0 < x < 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
     "in [0, 1)": lambda x: 0 <= x < 1,
     "in [0, 1]": lambda x: 0 <= x <= 1,
-    "positive": lambda x: 0 < x < math.inf,
-    "positive and finite": lambda x: 0 < x < math.inf,
+    "in (0.5, 1]": lambda x: 0.5 < x <= 1,
 }
 
 

@@ -27,26 +27,30 @@ NONE = (None, "text", True, 1j, jnp.ones(1), np.ones(2), jnp.array(True), Ellips
 
 @pytest.mark.parametrize("number", [*NUMBERS, ml_dtypes.bfloat16(0.5)], ids=repr)
 def test_single_real_numbers_pass(number):
-    check_number("f", "positive", a=number)
+    check_number("f", "finite and > 0", a=number)
 
 
 @pytest.mark.parametrize("number", NONE, ids=str)
 def test_what_is_no_single_real_number(number):
-    with pytest.raises(ValueError, match="f: a must be a single real number, > 0, got"):
-        check_number("f", "> 0", a=number)
+    with pytest.raises(
+        ValueError, match="f: a must be a single real number, finite and > 0, got"
+    ):
+        check_number("f", "finite and > 0", a=number)
 
 
 @pytest.mark.parametrize("number", [0, -1.0, np.nan, np.inf, np.float32("nan")])
 def test_values_out_of_range(number):
-    with pytest.raises(ValueError, match=f"f: a must be positive, got {number}; so"):
-        check_number("f", "positive", hint="; so", a=number)
+    with pytest.raises(
+        ValueError, match=f"f: a must be finite and > 0, got {number}; so"
+    ):
+        check_number("f", "finite and > 0", hint="; so", a=number)
 
 
 def test_numbers_under_a_trace():
     """A tracer has no value, but it has a shape."""
 
     def scaled(a):
-        check_number("f", "positive", a=a)
+        check_number("f", "finite and > 0", a=a)
         return a
 
     assert jax.jit(scaled)(-1.0) == -1
@@ -58,14 +62,16 @@ def test_numbers_under_a_trace():
 
 
 def test_none_and_schedules_where_they_are_allowed():
-    check_number("f", "positive", optional=True, a=None)
-    check_number("f", "positive", schedule=True, a=optax.constant_schedule(1.0))
+    check_number("f", "finite and > 0", optional=True, a=None)
+    check_number("f", "finite and > 0", schedule=True, a=optax.constant_schedule(1.0))
     with pytest.raises(
-        ValueError, match="a single real number or a schedule, > 0, got"
+        ValueError, match="a single real number or a schedule, finite and > 0, got"
     ):
-        check_number("f", "> 0", schedule=True, a="text")
-    with pytest.raises(ValueError, match="a single real number or None, > 0, got"):
-        check_number("f", "> 0", optional=True, a="text")
+        check_number("f", "finite and > 0", schedule=True, a="text")
+    with pytest.raises(
+        ValueError, match="a single real number or None, finite and > 0, got"
+    ):
+        check_number("f", "finite and > 0", optional=True, a="text")
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.0, True, None, "3", np.nan, np.ones(2)])

@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab._norms import wide
 
 Stream = Callable[[], Iterable[Any]]
@@ -77,12 +78,7 @@ def check_microbatch(name: str, microbatch: int | None) -> None:
     Raises:
       ValueError: unless it is ``None`` or an integer >= 1.
     """
-    whole = isinstance(microbatch, int) and not isinstance(microbatch, bool)
-    if microbatch is not None and not (whole and microbatch >= 1):
-        raise ValueError(
-            f"{name}: microbatch must be a number of rows >= 1 or None, got "
-            f"{microbatch!r}."
-        )
+    check_count(name, optional=True, microbatch=microbatch)
 
 
 def collected(

@@ -133,7 +133,7 @@ def spectral_density(
     if floor is not None and scale != "log":
         raise ValueError(f'{name}: floor belongs to scale="log".')
     check_count(name, num_points=num_points)
-    check_number(name, "positive", optional=True, sigma=sigma, floor=floor)
+    check_number(name, "finite and > 0", optional=True, sigma=sigma, floor=floor)
     grid = None if grid is None else _as_grid(name, grid)
     rules = gauss_rules(
         name,
@@ -185,7 +185,7 @@ def density_from_eigenvalues(
       Array([0.5, 0.5], dtype=float32)
     """
     name = "density_from_eigenvalues"
-    check_number(name, "positive", sigma=sigma)
+    check_number(name, "finite and > 0", sigma=sigma)
     grid = _as_grid(name, grid)
     values = jnp.asarray(eigenvalues)
     if values.ndim != 1 or not values.size:
@@ -236,7 +236,7 @@ def plot_density(
             'plot_density needs matplotlib: pip install "jaxlab[train]".'
         ) from error
     density = checked_density("plot_density", density)
-    check_number("plot_density", "positive", decades=decades)
+    check_number("plot_density", "finite and > 0", decades=decades)
     if ax is None:
         _, ax = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     grid, height, error = (

@@ -252,7 +252,7 @@ def split_outliers(
             f"{name}: values and residuals must be vectors of one length, got shapes "
             f"{values.shape} and {residuals.shape}."
         )
-    check_number(name, "at least 1", factor=factor)
+    check_number(name, "finite and >= 1", factor=factor)
     low, high = bulk_edges(density)
     above = values > factor * jnp.maximum(high, 0)
     below = values < factor * jnp.minimum(low, 0)
@@ -323,7 +323,7 @@ def _check_options(space: Space, k: int, tol, which, max_products) -> None:
         raise ValueError(
             f"{_NAME}: k must be at most the dimension, {space.size}, got {k}."
         )
-    check_number(_NAME, "positive", optional=True, tol=tol)
+    check_number(_NAME, "finite and > 0", optional=True, tol=tol)
     if which not in ("largest", "smallest", "both"):
         raise ValueError(
             f'{_NAME}: which must be "largest", "smallest" or "both", got {which!r}.'

@@ -413,7 +413,9 @@ def _check(objective, matrix, damping, reorthogonalize) -> None:
     if matrix not in ("hessian", "ggn"):
         raise ValueError(f'{_NAME}: matrix must be "hessian" or "ggn", got {matrix!r}.')
     leaves_out = "; None leaves the log-determinant out"
-    check_number(_NAME, "positive", optional=True, hint=leaves_out, damping=damping)
+    check_number(
+        _NAME, "finite and > 0", optional=True, hint=leaves_out, damping=damping
+    )
     if reorthogonalize not in ("full", "none"):
         raise ValueError(
             f'{_NAME}: reorthogonalize must be "full" or "none", got '

@@ -130,7 +130,7 @@ def logdet(
       >>> logdet(jax.random.key(0), operator, jnp.ones(2), damping=1.0)[0].round(4)
       Array(1.3863, dtype=float32)
     """
-    check_number("logdet", "positive", damping=damping)
+    check_number("logdet", "finite and > 0", damping=damping)
     return _sum(
         "logdet",
         key,

@@ -111,7 +111,7 @@ def damped_operator(operator: Operator, damping: ArrayLike) -> Operator:
       Array([ 5., 10.], dtype=float32)
     """
     name = "damped_operator"
-    check_number(name, ">= 0 and finite", damping=damping)
+    check_number(name, "finite and >= 0", damping=damping)
     return _Damped(as_pytree(operator), jnp.asarray(damping))
 
 

@@ -70,7 +70,7 @@ def planted_structure(
         )
     rows = {"train": train, "validation": validation, "test": test}
     check_count("planted_structure", least=0, seed=seed, **rows)
-    check_number("planted_structure", ">= 0 and finite", noise_scale=noise_scale)
+    check_number("planted_structure", "finite and >= 0", noise_scale=noise_scale)
     noise_scale = float(noise_scale)
     rng = np.random.default_rng(seed)
     teacher = _TEACHERS[structure](rng).astype(np.float32)

@@ -16,7 +16,7 @@ def check_numbers(name: str, **numbers: Any) -> None:
 
     Schedules pass.
     """
-    needs = {"alpha": "finite", "eps": "> 0", "probability": "in [0, 1]"}
+    needs = {"alpha": "finite", "eps": "finite and > 0", "probability": "in [0, 1]"}
     for word, number in numbers.items():
         need = needs.get(word, "finite and >= 0")
         check_number(name, need, schedule=True, **{word: number})

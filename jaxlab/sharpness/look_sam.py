@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
 from jaxlab._checks import check_count
-from jaxlab._norms import inner, safe_norm, unit
+from jaxlab._norms import cast_like, inner, safe_norm, unit
 from jaxlab.curvature._layouts import for_branches
 from jaxlab.sharpness._checks import check_numbers, check_tree
 from jaxlab.sharpness._links import at_step, checked_grad_fn
@@ -89,9 +89,6 @@ def look_sam(
     def update(updates, state, params=None, *, grad_fn=None, grad=None, **extra_args):
         checked = checked_grad_fn(name, updates, params, grad_fn, grad)
         updates = jax.tree.map(jnp.asarray, updates)
-        cast = lambda tree, like: jax.tree.map(
-            lambda t, old: t.astype(old.dtype), tree, like
-        )
         radius = at_step(rho, state.count)
         share = at_step(strength, state.count)
 
@@ -109,7 +106,7 @@ def look_sam(
             length = inner(ahead, along)
             rest = lambda s, u: (s - (length * u).astype(u.dtype)).astype(s.dtype)
             across = jax.tree.map(rest, ahead, along)
-            return cast(ahead, updates), cast(across, state.orthogonal)
+            return cast_like(ahead, updates), cast_like(across, state.orthogonal)
 
         def reuse():
             ratio = share * safe_norm(updates) / safe_norm(state.orthogonal, eps)

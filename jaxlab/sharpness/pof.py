@@ -212,7 +212,7 @@ def pof_perturb(
     name = "pof_perturb"
     check_number(
         name,
-        ">= 0 and finite",
+        "finite and >= 0",
         hint="; 0 leaves the head as it is",
         sampling_range=sampling_range,
     )
@@ -301,7 +301,7 @@ def pof_value_and_grad(
     name = "pof_value_and_grad"
     check_number(
         name,
-        ">= 0 and finite",
+        "finite and >= 0",
         hint="; 0 leaves the head as it is",
         sampling_range=sampling_range,
     )

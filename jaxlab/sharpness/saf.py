@@ -395,7 +395,7 @@ def update_teacher(
 
 
 def _pair(name, logits, past, temperature) -> tuple[Array, Array]:
-    check_number(name, "positive and finite", temperature=temperature)
+    check_number(name, "finite and > 0", temperature=temperature)
     logits, past = jnp.asarray(logits), jax.lax.stop_gradient(jnp.asarray(past))
     if not logits.shape or logits.shape != past.shape:
         raise ValueError(
@@ -436,7 +436,7 @@ def _divergences_jvp(primals, tangents):
 def _total(
     name, loss, logits, past, weight, temperature, active, known, weights
 ) -> Scalar:
-    check_number(name, ">= 0 and finite", weight=weight)
+    check_number(name, "finite and >= 0", weight=weight)
     if jnp.shape(loss):
         raise ValueError(f"{name}: loss must be a scalar, got shape {jnp.shape(loss)}.")
     logits, past = _pair(name, logits, past, temperature)

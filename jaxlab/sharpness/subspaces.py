@@ -355,7 +355,7 @@ def subspace_loss(
       11.0
     """
     name = "subspace_loss"
-    check_number(name, "a number >= 0", beta=beta)
+    check_number(name, ">= 0", beta=beta)
     with jax.named_scope(name):
         size = num_endpoints_of(name, endpoints)
         loss = jnp.asarray(loss_fn(weighted_point(name, endpoints, coefficients)))

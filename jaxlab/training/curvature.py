@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from jaxlab._checks import check_count
 from jaxlab.curvature.report import SpectrumReport, spectrum_report
 from jaxlab.objective import Objective
 from jaxlab.training.fit import EpochInfo
@@ -115,12 +116,7 @@ class CurvatureMonitor:
         microbatch: int | None = None,
         memory_limit: float | None = None,
     ):
-        for name, count in (("every", every), ("refresh", refresh)):
-            whole = isinstance(count, int) and not isinstance(count, bool)
-            if count is not None and not (whole and count >= 1):
-                raise ValueError(
-                    f"CurvatureMonitor: {name} must be an integer >= 1, got {count!r}."
-                )
+        check_count("CurvatureMonitor", optional=True, every=every, refresh=refresh)
         if which not in ("largest", "both"):
             raise ValueError(
                 'CurvatureMonitor: which must be "largest" or "both", which has the '

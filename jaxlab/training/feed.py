@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
-from jaxlab._checks import check_count, is_whole
+from jaxlab._checks import check_count
 from jaxlab.objective import Batch, unpack_batch
 
 __all__ = ["Resident", "Streamed", "epoch_order", "place", "resident"]
@@ -159,8 +159,7 @@ def resident(
     devices = 1 if sharding is None else sharding.num_devices
     if batch_size is None:
         batch_size = -(-max(1, min(rows, 1024)) // devices) * devices
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+    check_count("fit, evaluate", batch_size=batch_size)
     if sharding is not None and not _divides(sharding, batch_size):
         raise ValueError(
             f"batch_size={batch_size} cannot be cut evenly by {sharding.spec} of a "
@@ -205,8 +204,7 @@ class Streamed:
         steps_per_epoch: int,
         sharding: NamedSharding | None = None,
     ):
-        if not is_whole(steps_per_epoch) or steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch must be >= 1, got {steps_per_epoch}.")
+        check_count("fit", steps_per_epoch=steps_per_epoch)
         self.function = function
         self.steps_per_epoch = steps_per_epoch
         self.sharding = sharding

@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jaxlab._checks import is_whole
 from jaxlab._paths import joined
 from jaxlab.training.feed import place
 
@@ -90,7 +91,7 @@ def make_mesh(
       {'data': 2, 'fsdp': 2, 'tensor': 1}
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    whole = all(_is_integer(n) and (n == -1 or n >= 1) for n in sizes.values())
+    whole = all(is_whole(n) and (n == -1 or n >= 1) for n in sizes.values())
     open_axes = [name for name, n in sizes.items() if n == -1]
     if not whole or len(open_axes) > 1:
         raise ValueError(
@@ -147,7 +148,7 @@ class ShardingPlan:
     smallest: int = 2**10
 
     def __post_init__(self):
-        if not (_is_integer(self.smallest) and self.smallest >= 0):
+        if not (is_whole(self.smallest) and self.smallest >= 0):
             raise ValueError(
                 "ShardingPlan: smallest must be an integer >= 0, got "
                 f"{self.smallest!r}."
@@ -413,10 +414,6 @@ def init_sharded(
         )
     shapes = jax.eval_shape(init, *args)
     return jax.jit(init, out_shardings=plan.shardings(shapes, mesh))(*args)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_mesh(name: str, mesh: Any) -> None:

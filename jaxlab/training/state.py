@@ -120,9 +120,7 @@ def create_state(
             "create_state: key must be a typed key such as jax.random.key(0), got "
             f"{kind}{list(jnp.shape(key))} (jax.random.PRNGKey makes uint32[2])."
         )
-    check_number(
-        "create_state", "positive and finite", optional=True, loss_scale=loss_scale
-    )
+    check_number("create_state", "finite and > 0", optional=True, loss_scale=loss_scale)
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     params = copy(params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jaxlab import trees
 from jaxlab._chains import check_chain
+from jaxlab._checks import check_count
 from jaxlab.likelihoods import row_shares
 from jaxlab.objective import Batch, Objective, unpack_batch
 from jaxlab.training.state import LossScale, Optimizer, TrainState
@@ -87,8 +88,7 @@ def make_train_step(
       >>> float(metrics["grad_norm"]), state.params.tolist(), int(state.step)
       (1.0, [[1.0]], 1)
     """
-    if not (isinstance(accumulate, int) and accumulate >= 1):
-        raise ValueError(f"accumulate must be an integer >= 1, got {accumulate!r}.")
+    check_count("make_train_step", accumulate=accumulate)
     dynamic = loss_scale == "dynamic"
     number = isinstance(loss_scale, (int, float)) and loss_scale > 0
     if not (loss_scale is None or dynamic or number):

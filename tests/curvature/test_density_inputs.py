@@ -33,11 +33,11 @@ def test_counts_are_positive_integers(name, value):
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_widths_are_positive(value):
-    with pytest.raises(ValueError, match="sigma must be positive"):
+    with pytest.raises(ValueError, match="sigma must be finite and > 0"):
         run(sigma=value)
-    with pytest.raises(ValueError, match="floor must be positive"):
+    with pytest.raises(ValueError, match="floor must be finite and > 0"):
         run(floor=value, scale="log")
-    with pytest.raises(ValueError, match="sigma must be positive"):
+    with pytest.raises(ValueError, match="sigma must be finite and > 0"):
         density_from_eigenvalues(jnp.ones(2), jnp.ones(2), sigma=value)
 
 

@@ -52,7 +52,7 @@ def test_k_must_be_a_positive_integer(k):
 def test_options_out_of_range():
     refused("k must be at most the dimension, 50, got 51", k=51)
     for tol in (0, -1.0, float("inf"), float("nan")):
-        refused("tol must be positive", tol=tol)
+        refused("tol must be finite and > 0", tol=tol)
     refused('which must be "largest", "smallest" or "both", got \'top\'', which="top")
     for most in (1, 0, 2.5):
         refused("max_products must be an integer, k = 2 at least", max_products=most)
@@ -122,7 +122,7 @@ def test_split_outliers():
     density = spectral_density(KEY, operator, LIKE, order=8)
     with pytest.raises(ValueError, match=r"vectors of one length, got shapes \(2,\)"):
         split_outliers(np.ones(2), np.ones(3), density)
-    with pytest.raises(ValueError, match=r"factor must be at least 1, got 0\.5"):
+    with pytest.raises(ValueError, match=r"factor must be finite and >= 1, got 0\.5"):
         split_outliers(np.ones(2), np.ones(2), density, factor=0.5)
 
 

@@ -87,7 +87,7 @@ def test_losses_that_are_no_scalar():
 
 @pytest.mark.parametrize("microbatch", [0, -1, 2.0, True, "4"])
 def test_microbatch_must_be_a_number_of_rows(microbatch):
-    with pytest.raises(ValueError, match="microbatch must be a number of rows >= 1"):
+    with pytest.raises(ValueError, match="microbatch must be an integer >= 1 or None"):
         made(microbatch=microbatch)
 
 

@@ -14,7 +14,7 @@ operator = jax.tree_util.Partial(jnp.matmul, jnp.diag(jnp.arange(1.0, 6.0)))
 
 @pytest.mark.parametrize("damping", [0, -1.0, float("nan"), float("inf")])
 def test_damping_must_be_positive(damping):
-    with pytest.raises(ValueError, match="damping must be positive"):
+    with pytest.raises(ValueError, match="damping must be finite and > 0"):
         logdet(KEY, operator, jnp.ones(5), damping=damping)
 
 

@@ -39,11 +39,11 @@ KEY = jax.random.key(0)
             r"aux_mode must be \"group\" or \"adam\", got 'newton'",
         ),
         ({"step": "line"}, r"step must be \"quadratic\" or \"fixed\""),
-        ({"damping": 0.0}, r"damping must be > 0 and finite, got 0\.0"),
-        ({"damping": float("nan")}, r"damping must be > 0 and finite, got nan"),
+        ({"damping": 0.0}, r"damping must be finite and > 0, got 0\.0"),
+        ({"damping": float("nan")}, r"damping must be finite and > 0, got nan"),
         ({"damping": LevenbergMarquardt(factor=2.0)}, r"0 < factor < 1"),
         ({"aux_step": 1.5}, r"aux_step must be in \(0, 1\)"),
-        ({"init_scale": -1.0}, r"init_scale must be > 0"),
+        ({"init_scale": -1.0}, r"init_scale must be finite and > 0"),
         ({"white_directions": -1}, r"white_directions must be an integer >= 0"),
         ({"gradient_directions": 0.5}, r"gradient_directions must be an integer"),
         ({"aux_mode": "adam", "combine": True}, r"combine belongs to"),
@@ -108,7 +108,7 @@ def test_blocks():
         q_init(PARAMS, rule=lambda path, shape: "kronecker")
     with pytest.raises(ValueError, match=r"hold at least one array"):
         q_init({})
-    with pytest.raises(ValueError, match=r"scale must be positive"):
+    with pytest.raises(ValueError, match=r"scale must be finite and > 0"):
         q_init(PARAMS, scale=0.0)
     with pytest.raises(ValueError, match=r"max_size must be an integer >= 1"):
         q_init(PARAMS, max_size=0)
@@ -147,7 +147,7 @@ def test_functions_of_the_inverse():
 
 def test_fitting():
     fit = lambda **more: inverse_fisher(KEY, IDENTITY, PARAMS, **more)
-    with pytest.raises(ValueError, match=r"damping must be > 0"):
+    with pytest.raises(ValueError, match=r"damping must be finite and > 0"):
         fit(damping=-0.1)
     with pytest.raises(ValueError, match=r"white_directions must be an integer >= 1"):
         fit(damping=0.1, white_directions=0)

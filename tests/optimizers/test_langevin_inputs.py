@@ -149,7 +149,7 @@ def test_step_sizes_of_a_schedule():
         for number in (-1, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=f"{word} must be finite and >= 0"):
                 sgld_step_size(**{"scale": 1.0, word: number})
-        with pytest.raises(ValueError, match=f"{word} must be > 0, got 0"):
+        with pytest.raises(ValueError, match=f"{word} must be finite and > 0, got 0"):
             sgld_step_size(**{"scale": 1.0, word: 0})
     for power in (0.5, 1.1, 0):
         with pytest.raises(ValueError, match=r"power must be in \(0\.5, 1\], got .*"):

@@ -25,7 +25,7 @@ def test_fractions(what, fraction):
 def test_numbers():
     with pytest.raises(ValueError, match="radius must be finite and >= 0, got -1"):
         esam_value_and_grad(losses_fn, radius=-1.0)
-    with pytest.raises(ValueError, match="eps must be > 0, got 0"):
+    with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):
         esam_value_and_grad(losses_fn, radius=0.1, eps=0)
     with pytest.raises(ValueError, match="example_fraction shapes the computation"):
         esam_value_and_grad(losses_fn, radius=0.1, example_fraction=jnp.array(0.5))

@@ -42,7 +42,7 @@ def test_numbers_out_of_range():
         perturb(W, W, radius=-0.1)
     with pytest.raises(ValueError, match="radius must be finite"):
         gnp_gradient(grad_fn, W, alpha=0.8, radius=float("inf"))
-    with pytest.raises(ValueError, match="eps must be > 0"):
+    with pytest.raises(ValueError, match="eps must be finite and > 0"):
         perturb(W, W, radius=0.1, eps=0.0)
     nan = float("nan")
     for call in (

@@ -21,7 +21,7 @@ def test_decay(decay):
 def test_numbers():
     with pytest.raises(ValueError, match="radius must be finite and >= 0, got -1"):
         momentum_sam_value_and_grad(loss_fn, radius=-1.0)
-    with pytest.raises(ValueError, match="eps must be > 0, got 0"):
+    with pytest.raises(ValueError, match="eps must be finite and > 0, got 0"):
         momentum_sam_value_and_grad(loss_fn, radius=0.1, eps=0)
 
 

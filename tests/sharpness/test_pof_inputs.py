@@ -48,7 +48,7 @@ def test_search_options(options, message):
 
 @pytest.mark.parametrize("sampling_range", [-1, float("inf"), float("nan")])
 def test_ranges(sampling_range):
-    message = f"sampling_range must be >= 0 and finite, got {sampling_range}; 0 leaves"
+    message = f"sampling_range must be finite and >= 0, got {sampling_range}; 0 leaves"
     with pytest.raises(ValueError, match=f"pof_perturb: {message}"):
         pof_perturb(KEY, square, HEAD, sampling_range=sampling_range)
     with pytest.raises(ValueError, match=f"pof_value_and_grad: {message}"):

@@ -105,7 +105,7 @@ def test_masks_choose_leaves():
 
 
 def test_losses():
-    with pytest.raises(ValueError, match="beta must be a number >= 0, got -1"):
+    with pytest.raises(ValueError, match="beta must be >= 0, got -1"):
         subspace_loss(loss, STACKED, HALF, beta=-1)
     with pytest.raises(ValueError, match=r"must give a scalar, got shape \(4,\)"):
         subspace_loss(lambda p: p["b"], STACKED, HALF)

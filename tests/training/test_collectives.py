@@ -11,25 +11,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
-from jaxlab.training import (
-    ShardingPlan,
-    batch_sharding,
-    data_parallel,
-    make_mesh,
-    make_train_step,
-)
+from jaxlab.training import batch_sharding, make_mesh, make_train_step
 
 WORKERS = pathlib.Path(__file__).parent / "workers"
 COMPOSED = runpy.run_path(str(WORKERS / "composed.py"))
-PLANS = {
-    "data_parallel": ({"data": 8}, data_parallel()),
-    "fully_sharded": ({"fsdp": 8}, ShardingPlan(smallest=8)),
-    "tensor_parallel": ({"fsdp": 2, "tensor": 2}, COMPOSED["SMALL"]),
-}
 
 
 def compiled(plan, name):
-    sizes, plan = PLANS[plan]
+    sizes, plan = COMPOSED["PLANS"][plan]
     mesh = make_mesh(**sizes)
     rows, whole = batch_sharding(mesh), NamedSharding(mesh, P())
     made = COMPOSED["make"](name, activation_sharding=rows)

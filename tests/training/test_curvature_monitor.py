@@ -249,8 +249,8 @@ def test_the_figure(data):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"every": 0}, "every must be an integer >= 1, got 0"),
-        ({"refresh": 1.5}, "refresh must be an integer >= 1, got 1.5"),
+        ({"every": 0}, "every must be an integer >= 1 or None, got 0"),
+        ({"refresh": 1.5}, "refresh must be an integer >= 1 or None, got 1.5"),
         ({"which": "smallest"}, 'which must be "largest" or "both", .* got \'smal'),
     ],
 )

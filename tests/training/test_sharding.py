@@ -12,22 +12,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
-from jaxlab.training import (
-    Checkpoints,
-    ShardingPlan,
-    data_parallel,
-    make_mesh,
-    shard,
-)
+from jaxlab.training import Checkpoints, ShardingPlan, make_mesh, shard
 
 WORKERS = pathlib.Path(__file__).parent / "workers"
 COMPOSED = runpy.run_path(str(WORKERS / "composed.py"))
 SMALL = COMPOSED["SMALL"]
-PLANS = {
-    "data_parallel": ({}, data_parallel()),
-    "fully_sharded": ({"fsdp": 8}, ShardingPlan(smallest=8)),
-    "tensor_parallel": ({"fsdp": 2, "tensor": 2}, SMALL),
-}
+PLANS = COMPOSED["PLANS"]
 
 
 def test_factors_and_moments_are_cut_with_their_parameters():

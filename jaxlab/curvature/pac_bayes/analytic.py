@@ -168,10 +168,8 @@ def pac_bayes_analytic(
             f"{name}: eigenvalues must have one entry for each of the {count} vectors, "
             f"got shape {h.shape}."
         )
-    check_number(
-        name, "above 0 and below inf", prior_precision=prior_precision, slack=slack
-    )
-    check_number(name, "at least 8", num_examples=num_examples)
+    check_number(name, "finite and > 0", prior_precision=prior_precision, slack=slack)
+    check_number(name, "finite and >= 8", num_examples=num_examples)
     if isinstance(prior_index, int) and prior_index < 1:
         raise ValueError(f"{name}: prior_index must be at least 1, got {prior_index}.")
     if units not in ("nats", "bits"):
@@ -243,7 +241,7 @@ def gibbs_error(
         name, "posterior", posterior, PacBayes, "pac_bayes_analytic", **shapes
     )
     check_count(name, num_samples=num_samples)
-    check_number(name, "above 0 and below 1", delta=delta)
+    check_number(name, "in (0, 1)", delta=delta)
     with jax.named_scope(name):
         errors = draw_errors(key, error_fn, posterior, vectors, num_samples)
         mean = errors.mean()
@@ -263,8 +261,8 @@ def penalty(
     name: str, num_examples: int, delta: float, indices: ArrayLike | None
 ) -> ArrayLike:
     """Computes ln(n / delta), plus ln(pi^2 j^2 / 6) for each index of a union bound."""
-    check_number(name, "above 0 and below 1", delta=delta)
-    check_number(name, "at least 8", num_examples=num_examples)
+    check_number(name, "in (0, 1)", delta=delta)
+    check_number(name, "finite and >= 8", num_examples=num_examples)
     total = math.log(num_examples / delta)
     if indices is None:
         return total

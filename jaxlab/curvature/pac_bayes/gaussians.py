@@ -155,7 +155,7 @@ def _positive(
     name: str, which: str, value: ArrayLike, shape: tuple[int, ...], space: Space
 ) -> Array:
     if shape == () or isinstance(value, (int, float)):
-        check_number(name, "positive", **{which: value})
+        check_number(name, "finite and > 0", **{which: value})
     value = jnp.asarray(value)
     if value.shape != shape:
         raise ValueError(

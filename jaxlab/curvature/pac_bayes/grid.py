@@ -123,7 +123,7 @@ def pac_bayes_grid(
         num_final_samples=num_final_samples,
     )
     widths = {"largest_variance": largest_variance, "spacing": spacing}
-    check_number(name, "above 0 and below inf", **widths)
+    check_number(name, "finite and > 0", **widths)
     few, fresh = jax.random.split(key)
 
     def analytic(index):

@@ -134,11 +134,11 @@ def pac_bayes_optimize(
             f"{count_of(blocks)} vectors, got shape {f.shape}."
         )
     check_count(name, num_steps=num_steps)
-    check_number(name, "above 0 and below 1", delta=delta)
+    check_number(name, "in (0, 1)", delta=delta)
     delta = float(delta)
-    check_number(name, "at least 8", num_examples=num_examples)
+    check_number(name, "finite and >= 8", num_examples=num_examples)
     widths = {"largest_variance": largest_variance, "spacing": spacing}
-    check_number(name, "above 0 and below inf", **widths)
+    check_number(name, "finite and > 0", **widths)
     if units not in ("nats", "bits"):
         raise ValueError(f'{name}: units must be "nats" or "bits", got {units!r}.')
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}

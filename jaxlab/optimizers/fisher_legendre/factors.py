@@ -103,7 +103,7 @@ def q_init(
       Array([16., 16.], dtype=float32)
     """
     name = "q_init"
-    check_number(name, "positive and finite", scale=scale)
+    check_number(name, "finite and > 0", scale=scale)
     blocks = blocks_of(name, params, rule, max_size)
     wide = gather(blocks, jax.tree.map(jnp.zeros_like, params))
     made = {b.name: _initial(b, scale, wide[b.name]) for b in blocks}

@@ -205,7 +205,7 @@ def inverse_fisher(
              [0., 1.]], dtype=float32)
     """
     name = "inverse_fisher"
-    check_number(name, "> 0 and finite", damping=damping)
+    check_number(name, "finite and > 0", damping=damping)
     check_number(name, "a number", tol=tol, max_steps=max_steps)
     check_count(name, white_directions=white_directions, probes=num_probes)
     if is_host(fisher_vp):

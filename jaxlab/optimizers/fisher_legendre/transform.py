@@ -397,8 +397,7 @@ def fishleg(
     """
     if learning_rate is None and step == "fixed":
         raise ValueError('fishleg: step="fixed" needs a learning_rate.')
-    if isinstance(weight_decay, (int, float)) and not weight_decay >= 0:
-        raise ValueError(f"fishleg: weight_decay must be >= 0, got {weight_decay}.")
+    check_number("fishleg", ">= 0", weight_decay=weight_decay)
     decayed = isinstance(weight_decay, jax.Array) or weight_decay != 0
     if decayed and isinstance(damping, LevenbergMarquardt):
         raise ValueError(
@@ -556,9 +555,9 @@ def _check_options(
                 f"floor >= 0, got {damping}."
             )
     else:
-        check_number(name, "> 0 and finite", schedule=True, damping=damping)
+        check_number(name, "finite and > 0", schedule=True, damping=damping)
     check_number(name, "in (0, 1)", optional=True, schedule=True, aux_step=aux_step)
-    check_number(name, "> 0 and finite", optional=True, init_scale=init_scale)
+    check_number(name, "finite and > 0", optional=True, init_scale=init_scale)
     check_count(
         name,
         least=0,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxlab._checks import is_whole
+from jaxlab._checks import check_count, is_whole
 from jaxlab._norms import wide
 from jaxlab.curvature._batches import as_arrays, rows_of
 from jaxlab.optimizers.gradient_noise import (
@@ -153,10 +153,7 @@ def sgld_sample(
     _check_key(name, key)
     rows = rows_of(name, data)
     data = as_arrays(data)
-    if not is_whole(batch_size) or batch_size < 1:
-        raise ValueError(
-            f"{name}: batch_size must be an integer >= 1, got {batch_size!r}."
-        )
+    check_count(name, batch_size=batch_size)
     link = sgld(
         step_size,
         num_data=rows,
@@ -200,8 +197,7 @@ def _run(name, key, slope, params, link, plan) -> Chain:
 
 def _plan(name, steps, burn_in, thin) -> tuple[int, int, int]:
     """Gives the steps that are dropped first, those per sample, and the samples."""
-    if not is_whole(steps) or steps < 1:
-        raise ValueError(f"{name}: steps must be an integer >= 1, got {steps!r}.")
+    check_count(name, steps=steps)
     burn_in = steps // 2 if burn_in is None else burn_in
     if not is_whole(burn_in) or not 0 <= burn_in < steps:
         raise ValueError(

@@ -53,7 +53,7 @@ def sgld_step_size(
     """
     name = "sgld_step_size"
     _check_numbers(name, scale=scale, offset=offset, power=power)
-    check_number(name, "> 0", scale=scale, offset=offset)
+    check_number(name, "finite and > 0", scale=scale, offset=offset)
     hint = "; for a constant step give the number itself in place of a schedule"
     check_number(name, "in (0.5, 1]", hint=hint, power=power)
 

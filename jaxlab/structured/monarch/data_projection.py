@@ -88,7 +88,7 @@ def monarch_project_data(
             f"(rows, inputs), got {matrix.shape} and {inputs.shape}."
         )
     check_count(name, least=0, num_iterations=num_iterations)
-    check_number(name, "positive", ridge=ridge)
+    check_number(name, "finite and > 0", ridge=ridge)
     wide = jnp.promote_types(dtype, jnp.float32)
     with jax.named_scope(name):
         matrix = jax.lax.stop_gradient(matrix).astype(wide)

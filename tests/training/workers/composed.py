@@ -27,6 +27,7 @@ from jaxlab.training import (
     ShardingPlan,
     batch_sharding,
     create_state,
+    data_parallel,
     fit,
     make_mesh,
     shard,
@@ -37,6 +38,12 @@ ROWS, BATCH, EPOCHS = 32, 8, 5  # 20 steps
 WIDTH, LAYERS, HEADS, VOCABULARY, TIME = 16, 2, 2, 11, 6
 # Its arrays are small: without this all of them would stay whole.
 SMALL = ShardingPlan(rules=tensor_parallel().rules, smallest=8)
+# The axes of a mesh of eight devices, and the plan.
+PLANS = {
+    "data_parallel": ({}, data_parallel()),
+    "fully_sharded": ({"fsdp": 8}, ShardingPlan(smallest=8)),
+    "tensor_parallel": ({"fsdp": 2, "tensor": 2}, SMALL),
+}
 
 
 def optimizers():
