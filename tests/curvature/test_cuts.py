@@ -88,6 +88,39 @@ def test_vectors_and_trees_are_one_another_without_messages(x64, mesh):
         assert places(turn(both)) == places(both)
 
 
+# Among them stacks and swapped axes, where the order back is not the order there.
+SPECS = [
+    P("tensor"),
+    P(None, None, "fsdp"),
+    P(None, "tensor", "fsdp"),
+    P("tensor", None, "fsdp"),
+    P(None, None, ("tensor", "fsdp")),
+    P(None, ("fsdp", "tensor"), None),
+    P("fsdp", "tensor", None),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_stack_comes_back_as_it_was(mesh, spec):
+    whole = jnp.arange(4.0 * 8 * 12).reshape(4, 8, 12)
+    put = lambda spec: jax.device_put(whole, NamedSharding(mesh, spec))
+    # Beside a leaf that is cut along all three axes it is cut along the third, too.
+    for tree in (
+        {"w": put(spec)},
+        {"w": put(spec), "z": put(P("data", *mesh.axis_names[1:]))},
+    ):
+        space = laid_out(space_of("test", tree), tree)
+        back = jax.jit(lambda t: space.unflatten(space.flatten(t)))(tree)  # noqa: B023
+        np.testing.assert_array_equal(back["w"], whole)
+    # A device holds of the vector what it holds of the leaf.
+    tree = {"w": put(spec)}
+    space = laid_out(space_of("test", tree), tree)
+    vector = jax.jit(space.flatten)(tree)
+    held = {part.device: np.asarray(part.data) for part in vector.addressable_shards}
+    for part in tree["w"].addressable_shards:
+        assert set(held[part.device]) <= set(np.ravel(part.data))
+
+
 def test_the_same_tree_is_drawn_wherever_it_lies(mesh):
     tree = tree_of(0, jnp.bfloat16)
     cut, key = shard(tree, mesh, PLAN), jax.random.key(3)
