@@ -93,8 +93,8 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         if not is_whole(keep) or keep < 2:
             raise ValueError(
-                f"keep must be at least 2, got {keep!r}: where the newest checkpoint "
-                "is damaged, the one before is needed."
+                f"keep must be an integer >= 2, got {keep!r}: where the newest "
+                "checkpoint is damaged, the one before is needed."
             )
         self.directory = pathlib.Path(directory).absolute()
         self._keep = keep

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxlab._chains import check_chain
-from jaxlab._checks import check_number
+from jaxlab._checks import check_number, described
 
 
 @runtime_checkable
@@ -105,8 +105,8 @@ def create_state(
       caller's ``params`` alone.
 
     Raises:
-      ValueError: if ``key`` is not a typed key, or the optimizer is a chain of links
-        of this package in an order of which no use is right.
+      ValueError: if ``key`` is not a typed key, the optimizer has no ``init``, or it is
+        a chain of links of this package in an order of which no use is right.
 
     Examples:
       >>> import optax
@@ -121,6 +121,11 @@ def create_state(
             f"{kind}{list(jnp.shape(key))} (jax.random.PRNGKey makes uint32[2])."
         )
     check_number("create_state", "finite and > 0", optional=True, loss_scale=loss_scale)
+    if not callable(getattr(optimizer, "init", None)):
+        raise ValueError(
+            "create_state: optimizer must have an init, as optax transformations do, "
+            f"got {described(optimizer)}."
+        )
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     params = copy(params)
     opt_state = jax.tree.map(_fresh, optimizer.init(params))

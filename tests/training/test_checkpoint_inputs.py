@@ -9,7 +9,7 @@ pytestmark = pytest.mark.untyped
 
 
 def test_keep_at_least_two(tmp_path):
-    with pytest.raises(ValueError, match="keep must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="keep must be an integer >= 2, got 1"):
         Checkpoints(tmp_path, keep=1)
 
 

@@ -57,7 +57,7 @@ def _fit(data=DATA, state=None, **options):
         ({"batch_size": 4, "data": DATA[0]}, "must be \\(inputs, targets\\)"),
         (
             {"batch_size": 4, "keep": 1, "checkpoint_dir": "x"},
-            "keep must be at least 2",
+            "keep must be an integer >= 2",
         ),
         ({"data": lambda e, s: DATA}, "needs steps_per_epoch="),
         (

@@ -20,6 +20,12 @@ def _state():
     return create_state(jax.random.key(0), jnp.ones((2, 1)), TX)
 
 
+@pytest.mark.parametrize("optimizer", [None, (TX, TX), optax.sgd, "adam"])
+def test_create_state_needs_an_init(optimizer):
+    with pytest.raises(ValueError, match="optimizer must have an init, as optax"):
+        create_state(jax.random.key(0), jnp.ones(2), optimizer)
+
+
 @pytest.mark.parametrize("accumulate", [0, -1, 1.5, "2"])
 def test_accumulate(accumulate):
     with pytest.raises(ValueError, match="accumulate must be an integer >= 1"):
