@@ -269,8 +269,8 @@ def ritz_vectors(
             f"got {indices}."
         )
     cut = laid_out(space, start)
-    if result.basis is not None and not traced:
-        _check_first(name, result.basis, start, cut)
+    if result.basis is not None:
+        _check_first(name, result.basis, start, cut, traced=traced)
     operator, chosen = driven(name, operator, space, driver, traced=traced)
     space = cut
     with jax.named_scope(name), exact_products():
@@ -338,14 +338,16 @@ def _check_start(start: PyTree) -> None:
         )
 
 
-def _check_first(name: str, basis: Array, start: PyTree, space: Space) -> None:
+def _check_first(
+    name: str, basis: Array, start: PyTree, space: Space, *, traced: bool
+) -> None:
     """Refuses a start of another size, or one that lies otherwise over devices."""
     if basis.shape[1] != space.length:
         raise ValueError(
             f"{name}: start must be that of the first pass, with {basis.shape[1]} "
             f"entries, got {space.length}."
         )
-    if len(basis.sharding.device_set) == 1:
+    if traced or len(basis.sharding.device_set) == 1:
         return
     first = _flat(start, space=space)
     if float(norm(basis[0] - first / norm(first))) > 1e-3:
